@@ -1,0 +1,22 @@
+"""What both models are made of: text side, image side, and where they meet."""
+
+from anomalib_clipad.components.backbone import Backbone, fingerprint, load_backbone
+from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
+from anomalib_clipad.components.prompts import PromptEnsemble
+from anomalib_clipad.components.representative_vector import select_representative_vector
+from anomalib_clipad.components.smoothing import GaussianSmoothing
+from anomalib_clipad.components.surgery import feature_surgery
+from anomalib_clipad.components.text_encoder import TextEncoder
+
+__all__ = [
+    "Backbone",
+    "DualPathFeatures",
+    "DualPathVisionTransformer",
+    "GaussianSmoothing",
+    "PromptEnsemble",
+    "TextEncoder",
+    "feature_surgery",
+    "fingerprint",
+    "load_backbone",
+    "select_representative_vector",
+]

@@ -1,0 +1,221 @@
+"""The staged dual path: CLIP's own image path and, beside it, the surgery path.
+
+CLIP-AD (arXiv 2311.00453), section 3.2. Which original stream a tap sees follows the authors' release.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from anomalib_clipad.errors import InputError
+
+STAGES = 4
+
+
+class DualPathFeatures(NamedTuple):
+    """Taps of both paths, one tensor a tap, class token first, before unit normalisation.
+
+    Attributes:
+        original: (B, N + 1, W) each, tokens of CLIP's own residual stream.
+        surgery: (B, N + 1, D) each, tokens of the surgery path in the joint embedding space; the class token is
+            the original path's.
+    """
+
+    original: list[torch.Tensor]
+    surgery: list[torch.Tensor]
+
+
+class DualPathVisionTransformer(nn.Module):
+    """Runs an open_clip vision tower along two paths at once, without changing the tower.
+
+    The blocks are cut into four equal stages. Beside CLIP's path, every block adds a value-to-value attention of the
+    original path's tokens to the surgery path, which has no feed-forward and starts again at each stage
+    (section 3.2 of the paper).
+
+    Args:
+        visual: open_clip's ``VisionTransformer`` with a class token (``clip.visual``), 4, 8, 12, 24, ... blocks.
+        layers: Blocks to tap, counted from 1, ascending. Defaults to the four stage ends: 3, 6, 9, 12 of 12 blocks.
+
+    Raises:
+        InputError: If the tower is of another kind, its blocks cannot be cut into four stages, or a tap is not a block.
+
+    Example:
+        >>> import open_clip, torch
+        >>> vision = {"image_size": 32, "layers": 4, "width": 16, "head_width": 8, "patch_size": 8}
+        >>> text = {"width": 8, "heads": 1, "layers": 1}
+        >>> clip = open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text).eval()
+        >>> features = DualPathVisionTransformer(clip.visual)(torch.rand(2, 3, 32, 32))
+        >>> len(features.surgery), features.surgery[0].shape, features.original[0].shape
+        (4, torch.Size([2, 17, 12]), torch.Size([2, 17, 16]))
+    """
+
+    def __init__(self, visual: nn.Module, layers: list[int] | None = None) -> None:
+        super().__init__()
+        _check_tower(visual)
+        self.visual = visual
+        self.depth = len(visual.transformer.resblocks)
+        self.stage_length = self.depth // STAGES
+        self.layers = _check_layers(layers, self.depth)
+
+    @property
+    def width(self) -> int:
+        """Width W of the original stream."""
+        return self.visual.conv1.out_channels
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the joint embedding space."""
+        return self.visual.proj.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Native input size (height, width) of the tower, in pixels."""
+        return tuple(self.visual.image_size)
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Number of patches (rows, columns) of an image of ``image_size`` (height, width) pixels.
+
+        Raises:
+            InputError: If a side is not a multiple of the patch size.
+        """
+        patch = self.visual.conv1.kernel_size
+        if any(side % step or not side for side, step in zip(image_size, patch, strict=True)):
+            msg = (
+                f"image_size must be a multiple of the tower's patch size {patch[0]} x {patch[1]}, "
+                f"got {image_size[0]} x {image_size[1]}; resize the images, or choose another image_size."
+            )
+            raise InputError(msg)
+        return image_size[0] // patch[0], image_size[1] // patch[1]
+
+    def forward(self, images: torch.Tensor, with_original: bool = True) -> DualPathFeatures:
+        """Compute the taps of both paths.
+
+        Args:
+            images: (B, 3, H, W), normalised as CLIP expects; H and W multiples of the patch size. Position embeddings
+                are interpolated when the size is not the native one.
+            with_original: Whether the original stream's taps are wanted. SDP does without them, which spares the last
+                block's work on everything but the class token.
+
+        Returns:
+            One tensor a tap and path; ``original`` is empty without ``with_original``.
+        """
+        visual, last = self.visual, self.layers[-1]
+        original_taps: list[torch.Tensor] = []
+        surgery_taps: list[torch.Tensor] = []
+
+        h = self._embed(images)  # (B, N + 1, W)
+        s = torch.zeros_like(h)
+        waiting: torch.Tensor | None = None  # surgery stream of the last tap, its class token still to come
+        for index, block in enumerate(visual.transformer.resblocks, start=1):
+            # Nothing but the class token of the last block's own path is looked at by SDP.
+            class_only = index == self.depth and not with_original
+            attended, surgery = _dual_attention(block, block.ln_1(h), class_only)
+            m = (h[:, :1] if class_only else h) + attended
+
+            if waiting is not None:
+                # The release reads a tap's original stream only after the next block's attention was added to it.
+                surgery_taps.append(self._project(waiting, m))
+                original_taps.append(m)
+                waiting = None
+                if index > last:
+                    break
+
+            s = surgery if (index - 1) % self.stage_length == 0 else s + surgery
+            h = m + block.ls_2(block.mlp(block.ln_2(m)))
+            if index in self.layers:
+                if index < self.depth:
+                    waiting = s
+                else:
+                    surgery_taps.append(self._project(s, h))
+                    original_taps.append(h)
+
+        return DualPathFeatures(original_taps if with_original else [], surgery_taps)
+
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        visual = self.visual
+        grid = self.grid((images.shape[-2], images.shape[-1]))
+        x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, W)
+        class_token = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        x = torch.cat([class_token, x], dim=1)
+        positions = interpolate_positions(visual.positional_embedding, tuple(visual.grid_size), grid)
+        return visual.ln_pre(x + positions.to(x.dtype))
+
+    def _project(self, surgery: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        tokens = torch.cat([original[:, :1], surgery[:, 1:]], dim=1)
+        return self.visual.ln_post(tokens) @ self.visual.proj
+
+
+def interpolate_positions(
+    positions: torch.Tensor,
+    native: tuple[int, int],
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """Fit a tower's position embeddings to another patch grid, as open_clip does when it loads weights.
+
+    Args:
+        positions: (1 + N, W), class token first.
+        native: Rows and columns of ``positions``.
+        grid: Rows and columns wanted.
+
+    Returns:
+        (1 + rows * columns, W); ``positions`` itself if the grid is the native one.
+
+    Example:
+        >>> interpolate_positions(torch.rand(1 + 4 * 4, 8), (4, 4), (6, 5)).shape
+        torch.Size([31, 8])
+    """
+    if grid == native:
+        return positions
+    patches = positions[1:].float().reshape(1, *native, -1).permute(0, 3, 1, 2)  # (1, W, rows, columns)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    patches = patches.flatten(2)[0].T.to(positions.dtype)
+    return torch.cat([positions[:1], patches])
+
+
+def _dual_attention(block: nn.Module, n: torch.Tensor, class_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query-key and value-value attention of one block: (B, N + 1, W) each, the former (B, 1, W) if ``class_only``."""
+    attention = block.attn
+    b, length, width = n.shape
+    qkv = F.linear(n, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.reshape(b, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N + 1, d) each
+    if class_only:
+        q = q[:, :, :1]
+    attended = F.scaled_dot_product_attention(q, k, v)
+    surgery = F.scaled_dot_product_attention(v, v, v)
+    both = torch.cat([attended, surgery], dim=2).transpose(1, 2).flatten(2)  # both paths in one out-projection
+    both = block.ls_1(attention.out_proj(both))
+    return both.split([q.shape[2], length], dim=1)
+
+
+def _check_tower(visual: nn.Module) -> None:
+    name = type(visual).__name__
+    wanted = "The dual path needs open_clip's VisionTransformer with a class token"
+    if name != "VisionTransformer" or not hasattr(visual, "transformer") or not hasattr(visual, "class_embedding"):
+        msg = f"{wanted}, got a {name}; choose a ViT backbone such as ViT-B-16-plus-240."
+        raise InputError(msg)
+    if getattr(visual, "attn_pool", None) is not None or getattr(visual, "pool_type", "tok") != "tok":
+        msg = f"{wanted} as its image feature, got one that pools its tokens; choose a backbone without token pooling."
+        raise InputError(msg)
+    if getattr(visual, "global_average_pool", False) or getattr(visual, "input_patchnorm", False):
+        msg = f"{wanted} and plain patches, got one with average pooling or patch normalisation."
+        raise InputError(msg)
+    blocks = visual.transformer.resblocks
+    if not all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks):
+        msg = f"{wanted} and plain multi-head attention, got blocks with {type(blocks[0].attn).__module__}'s variant."
+        raise InputError(msg)
+    if not blocks or len(blocks) % STAGES:
+        msg = f"The dual path cuts the tower into {STAGES} equal stages, which {len(blocks)} blocks do not allow."
+        raise InputError(msg)
+
+
+def _check_layers(layers: list[int] | None, depth: int) -> list[int]:
+    if layers is None:
+        return [depth // STAGES * stage for stage in range(1, STAGES + 1)]
+    layers = list(layers)
+    ascending = all(a < b for a, b in zip(layers, layers[1:], strict=False))
+    if not layers or not ascending or not all(isinstance(tap, int) and 1 <= tap <= depth for tap in layers):
+        msg = f"layers must be ascending block numbers between 1 and {depth}, got {layers}."
+        raise InputError(msg)
+    return layers

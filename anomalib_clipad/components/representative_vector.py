@@ -1,0 +1,102 @@
+"""Representative Vector Selection (RVS): one unit vector that stands for a cloud of prompt embeddings.
+
+CLIP-AD (arXiv 2311.00453), section 3.1.
+"""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.cluster import DBSCAN, MeanShift
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KernelDensity
+from torch.nn import functional as F
+
+from anomalib_clipad.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def select_representative_vector(embeddings: torch.Tensor, method: str = "dbscan", **options: float) -> torch.Tensor:
+    """Choose the vector that represents a cloud of unit vectors (section 3.1 of the paper).
+
+    Args:
+        embeddings: (P, D) unit vectors.
+        method: How to choose:
+
+            - ``mean``: the mean.
+            - ``pca``: the first principal direction of the cloud, the prompts being the features.
+            - ``kde``: the mean weighted by each point's Gaussian kernel density; option ``bandwidth`` (0.3).
+            - ``dbscan``: the mean of the largest cluster; options ``eps`` (0.5) and ``min_samples`` (15). The paper's
+              choice; its VisA runs use 1.5 and 25.
+            - ``mean_shift``: the mean of the largest cluster; option ``bandwidth`` (2).
+        **options: The method's options, passed to scikit-learn's estimator.
+
+    Returns:
+        (D,) unit vector, dtype and device of ``embeddings``.
+
+    Raises:
+        InputError: If the method or an option is unknown, or ``embeddings`` is not a finite, non-empty matrix.
+
+    Example:
+        >>> cloud = F.normalize(torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.0, 0.0]]), dim=-1)
+        >>> select_representative_vector(cloud, "mean")
+        tensor([1., 0.])
+        >>> select_representative_vector(cloud, "dbscan", eps=0.5, min_samples=2)
+        tensor([1., 0.])
+    """
+    if method not in _METHODS:
+        msg = f"rvs method must be one of {', '.join(_METHODS)}, got {method!r}."
+        raise InputError(msg)
+    choose, allowed = _METHODS[method]
+    if unknown := sorted(set(options) - set(allowed)):
+        msg = f"rvs method {method!r} takes {', '.join(allowed) or 'no options'}, got {', '.join(unknown)}."
+        raise InputError(msg)
+    if embeddings.ndim != 2 or not embeddings.numel() or not embeddings.isfinite().all():
+        msg = f"embeddings must be a finite, non-empty (P, D) matrix, got shape {tuple(embeddings.shape)}."
+        raise InputError(msg)
+    cloud = embeddings.detach().cpu().double().numpy()
+    vector = torch.from_numpy(np.ascontiguousarray(choose(cloud, **allowed | options)))
+    return F.normalize(vector, dim=0).to(embeddings)
+
+
+def _mean(cloud: np.ndarray) -> np.ndarray:
+    return cloud.mean(axis=0)
+
+
+def _pca(cloud: np.ndarray) -> np.ndarray:
+    # One component along every side: a direct decomposition, never scikit-learn's randomised one.
+    direction = PCA(n_components=1, svd_solver="full").fit_transform(cloud.T)[:, 0]
+    return direction if direction @ cloud.mean(axis=0) >= 0 else -direction
+
+
+def _kde(cloud: np.ndarray, bandwidth: float) -> np.ndarray:
+    log_density = KernelDensity(kernel="gaussian", bandwidth=bandwidth).fit(cloud).score_samples(cloud)
+    # The length is lost in the normalisation, so the constant that would overflow in many dimensions may go.
+    return np.exp(log_density - log_density.max()) @ cloud
+
+
+def _dbscan(cloud: np.ndarray, eps: float, min_samples: float) -> np.ndarray:
+    return _largest_cluster(cloud, DBSCAN(eps=eps, min_samples=int(min_samples)).fit(cloud).labels_)
+
+
+def _mean_shift(cloud: np.ndarray, bandwidth: float) -> np.ndarray:
+    return _largest_cluster(cloud, MeanShift(bandwidth=bandwidth).fit(cloud).labels_)
+
+
+def _largest_cluster(cloud: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    members = labels[labels >= 0]
+    if not members.size:
+        logger.warning("Clustering found no cluster among %d prompts; their mean is used instead.", len(cloud))
+        return cloud.mean(axis=0)
+    return cloud[labels == np.bincount(members).argmax()].mean(axis=0)
+
+
+_METHODS: dict[str, tuple[Callable[..., np.ndarray], dict[str, float]]] = {
+    "mean": (_mean, {}),
+    "pca": (_pca, {}),
+    "kde": (_kde, {"bandwidth": 0.3}),
+    "dbscan": (_dbscan, {"eps": 0.5, "min_samples": 15}),
+    "mean_shift": (_mean_shift, {"bandwidth": 2.0}),
+}

@@ -1,0 +1,44 @@
+"""Feature surgery: what is left of a patch's score when the part shared by both classes is taken away.
+
+CLIP-AD (arXiv 2311.00453), section 3.3, in closed form.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
+    r"""Score every token against the normal and the anomalous text vector, fused over the stages.
+
+    For each stage with unit-normalised tokens :math:`f`, cosines :math:`c_k = f \cdot t_k` and class-token weights
+    :math:`w_k = p_k / \mathrm{mean}(p)`, :math:`p = \mathrm{softmax}(c_0, c_1)`, the feature shared by both classes
+    is :math:`\mathrm{mean}_k(w_k f t_k)`. Taking it away leaves
+
+    .. math:: \mathrm{score}_k = w_k c_k - \tfrac12 (w_0 c_0 + w_1 c_1)
+
+    so the (B, 2, N, D) tensor of the long form is never built. Stages are summed.
+
+    Args:
+        surgery_features: One (B, N + 1, D) tensor a stage, class token first; any length.
+        text_features: Unit vectors, normal then anomalous: (2, D) for all images, or (B, 2, D), one pair an image.
+
+    Returns:
+        (B, N + 1, 2) in float32, class token first; the anomalous score is the last channel, the normal one its
+        negative. Each stage adds at most 1 in size.
+
+    Example:
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator ...>
+        >>> text = F.normalize(torch.randn(2, 8), dim=-1)
+        >>> scores = feature_surgery([torch.randn(3, 17, 8)] * 4, text)
+        >>> scores.shape, torch.allclose(scores[..., 0], -scores[..., 1])
+        (torch.Size([3, 17, 2]), True)
+    """
+    text = text_features.float().expand(surgery_features[0].shape[0], -1, -1)  # (B, 2, D)
+    total = torch.zeros((), device=text.device)
+    for tokens in surgery_features:
+        cosines = F.normalize(tokens.float(), dim=-1) @ text.transpose(1, 2)  # (B, N + 1, 2)
+        p = cosines[:, :1].softmax(dim=-1)  # of the class token
+        weighted = p / p.mean(dim=-1, keepdim=True) * cosines
+        total = total + weighted - weighted.mean(dim=-1, keepdim=True)
+    return total

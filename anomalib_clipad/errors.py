@@ -1,0 +1,14 @@
+"""The one kind of error a user can mend."""
+
+
+class InputError(ValueError):
+    """Something given to the package cannot be used; the message says what was found and what to do.
+
+    On the ``anomalib`` command line it is printed as its sentence alone, without a stack trace.
+
+    Example:
+        >>> raise InputError("sigma must not be negative, got -1.")
+        Traceback (most recent call last):
+        ...
+        anomalib_clipad.errors.InputError: sigma must not be negative, got -1.
+    """

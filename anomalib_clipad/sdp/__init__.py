@@ -1,0 +1,1 @@
+"""SDP, the model that needs no training."""

@@ -1,0 +1,251 @@
+"""SDP in plain PyTorch: a class name and an image in, an anomaly map and a score out.
+
+CLIP-AD (arXiv 2311.00453), section 3. Nothing is trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.nn import functional as F
+
+from anomalib_clipad.components import (
+    Backbone,
+    DualPathVisionTransformer,
+    GaussianSmoothing,
+    PromptEnsemble,
+    TextEncoder,
+    feature_surgery,
+    load_backbone,
+    select_representative_vector,
+)
+from anomalib_clipad.components.text_encoder import Tokenizer
+from anomalib_clipad.errors import InputError
+
+LOGIT_SCALE = 100.0  # CLIP's own temperature
+PAPER_SIGMA, PAPER_SIZE = 8.0, 240  # the smoothing belongs to this input size
+
+
+class SdpScores(NamedTuple):
+    """What the method says of a batch, before the two scores become one.
+
+    Attributes:
+        anomaly_map: (B, H, W), smoothed; around 0, larger is more anomalous, at most 1 in size for each stage.
+        text_score: (B,) in [0, 1], softmax of the image against the two text vectors.
+        map_score: (B,), largest value of the map.
+    """
+
+    anomaly_map: torch.Tensor
+    text_score: torch.Tensor
+    map_score: torch.Tensor
+
+
+class ClipAdSdpModel(nn.Module):
+    """SDP: staged dual path, feature surgery and text vectors chosen by RVS.
+
+    Args:
+        backbone: See :func:`anomalib_clipad.components.load_backbone`.
+        pretrained: Likewise.
+        class_names: Classes to score against, in the order of ``class_index``; more with :meth:`set_classes`.
+        layers: Blocks to tap; the ends of the four stages by default.
+        rvs: How the text vectors are chosen: a method's name, or a mapping of ``method`` and its options.
+        prompts: Prompt ensemble, see :meth:`anomalib_clipad.components.PromptEnsemble.from_config`.
+        image_size: Side, or height and width, of the input in pixels; the tower's own by default.
+        sigma: Standard deviation of the map's smoothing in pixels; 8 at 240 pixels by default, in proportion.
+        clip: A ready open_clip model to use instead of loading one.
+        tokenizer: Tokenizer of ``clip``; open_clip's standard one by default.
+
+    Raises:
+        InputError: If an argument cannot be used.
+
+    Example:
+        >>> import open_clip
+        >>> vision = {"image_size": 32, "layers": 4, "width": 16, "head_width": 8, "patch_size": 8}
+        >>> text = {"width": 8, "heads": 1, "layers": 1}
+        >>> clip = open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text)
+        >>> model = ClipAdSdpModel(clip=clip, class_names=["bottle", "metal nut"], rvs="mean")
+        >>> batch = model(torch.rand(3, 3, 32, 32), class_index=torch.tensor([0, 1, 1]))
+        >>> batch.anomaly_map.shape, batch.pred_score.shape
+        (torch.Size([3, 32, 32]), torch.Size([3]))
+    """
+
+    text_features: torch.Tensor
+    score_min: torch.Tensor
+    score_max: torch.Tensor
+
+    def __init__(
+        self,
+        backbone: str = "ViT-B-16-plus-240",
+        pretrained: str | None = "laion400m_e31",
+        class_names: Sequence[str] = (),
+        layers: list[int] | None = None,
+        rvs: str | Mapping[str, str | float] = "dbscan",
+        prompts: str | Mapping[str, Sequence[str]] | PromptEnsemble = "industrial",
+        image_size: int | tuple[int, int] | None = None,
+        sigma: float | None = None,
+        clip: nn.Module | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.rvs = _rvs_options(rvs)
+        self.prompts = PromptEnsemble.from_config(prompts)
+        if clip is None:
+            loaded = load_backbone(backbone, pretrained)
+        else:
+            import open_clip
+
+            loaded = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
+        self.mean, self.std = loaded.mean, loaded.std
+        self.visual = DualPathVisionTransformer(loaded.clip.visual, layers).requires_grad_(requires_grad=False)
+        self.text_encoder = TextEncoder(loaded.clip, loaded.tokenizer)
+        self.image_size = _pair(image_size) if image_size else self.visual.image_size
+        self.grid = self.visual.grid(self.image_size)
+        self.sigma = PAPER_SIGMA * self.image_size[0] / PAPER_SIZE if sigma is None else sigma
+        self.smoothing = GaussianSmoothing(self.image_size, self.sigma)
+
+        self.class_names: tuple[str, ...] = ()
+        self.register_buffer("text_features", torch.empty(0, 2, self.visual.embed_dim))  # normal, anomalous
+        # Range of the text and the map score on labelled validation data; unknown until then.
+        self.register_buffer("score_min", torch.full((2,), float("nan")))
+        self.register_buffer("score_max", torch.full((2,), float("nan")))
+        if class_names:
+            self.set_classes(class_names)
+
+    def set_classes(self, class_names: Sequence[str]) -> None:
+        """Encode the prompts of these classes; forgets score ranges measured on others.
+
+        Args:
+            class_names: What can be in the images; an image's ``class_index`` counts them from 0.
+
+        Raises:
+            InputError: If there is none, or one is empty.
+        """
+        if isinstance(class_names, str) or not class_names:
+            msg = f"class_names must be a list of at least one name, got {class_names!r}."
+            raise InputError(msg)
+        vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
+        self.text_features = torch.stack(vectors).to(self.text_features.device)
+        self.class_names = tuple(class_names)
+        self.set_score_range(torch.full((2,), float("nan")), torch.full((2,), float("nan")))
+
+    def set_score_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
+        """Range of the (text, map) scores on a data set, by which :meth:`forward` min-max normalises them."""
+        self.score_min.copy_(minimum)
+        self.score_max.copy_(maximum)
+
+    def train(self, mode: bool = True) -> "ClipAdSdpModel":
+        """Set the training mode; CLIP is frozen and stays in eval mode."""
+        super().train(mode)
+        self.visual.eval()
+        return self
+
+    def forward(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> InferenceBatch:
+        """Score images.
+
+        With score ranges known (:meth:`set_score_range`) the image score is the paper's: text and map score, each
+        min-max normalised, added and halved. Without, the map score is brought into (0, 1) by :func:`squash` first,
+        and the labels follow fixed rules: anomalous if the text score, or for a pixel the map, says so rather than not.
+
+        Args:
+            images: (B, 3, H, W) of the model's image size, normalised as CLIP expects. An image that is not finite
+                scores NaN; the others are not touched.
+            class_index: (B,) index into ``class_names``; the first class for all by default.
+
+        Returns:
+            ``pred_score`` (B,), ``pred_label`` (B,) bool, ``anomaly_map`` (B, H, W), ``pred_mask`` (B, H, W) bool.
+
+        Raises:
+            InputError: If no class is set, or the images are of another size.
+        """
+        scores = self.scores(images, class_index)
+        return InferenceBatch(
+            pred_score=self.image_score(scores),
+            pred_label=scores.text_score > 0.5,
+            anomaly_map=scores.anomaly_map,
+            pred_mask=scores.anomaly_map > 0,
+        )
+
+    def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> SdpScores:
+        """The map and the two scores of images, see :meth:`forward`."""
+        if images.shape[-2:] != self.image_size:
+            msg = f"The model takes images of {self.image_size} pixels, got {tuple(images.shape[-2:])}; resize them."
+            raise InputError(msg)
+        text_features = self._text_features(class_index)
+        with torch.no_grad():
+            surgery = self.visual(images, with_original=False).surgery
+        with torch.autocast(images.device.type, enabled=False):
+            anomaly_map = self.smoothing(self.similarity_map(surgery, text_features))
+            return SdpScores(anomaly_map, text_score(surgery[-1], text_features), anomaly_map.amax(dim=(-2, -1)))
+
+    def similarity_map(self, surgery: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
+        """The map before smoothing: (B, H, W), anomalous score of the patches, resized bilinearly."""
+        patches = feature_surgery(surgery, text_features)[:, 1:, 1]
+        patches = patches.reshape(-1, 1, *self.grid)
+        return F.interpolate(patches, size=self.image_size, mode="bilinear", align_corners=False)[:, 0]
+
+    def image_score(self, scores: SdpScores) -> torch.Tensor:
+        """One score an image, (B,): text score and map score, normalised and halved."""
+        both = torch.stack([scores.text_score, scores.map_score], dim=-1)
+        extent = self.score_max - self.score_min
+        normalised = (both - self.score_min) / torch.where(extent > 0, extent, 1.0)
+        by_rule = torch.stack([scores.text_score, squash(scores.map_score, len(self.visual.layers))], dim=-1)
+        return torch.where(self.score_min.isnan(), by_rule, normalised).mean(dim=-1)
+
+    def _text_features(self, class_index: torch.Tensor | None) -> torch.Tensor:
+        if not len(self.text_features):
+            msg = "No class is set, so there is nothing to compare the images with; call set_classes(['...']) first."
+            raise InputError(msg)
+        return self.text_features[0] if class_index is None else self.text_features[class_index]
+
+
+def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+    """Probability that an image is anomalous, from its class token (section 3.3 of the paper).
+
+    Args:
+        tokens: (B, N + 1, D), last tap of the surgery path.
+        text_features: (2, D) or (B, 2, D) unit vectors.
+
+    Returns:
+        (B,) in [0, 1].
+    """
+    class_token = F.normalize(tokens[:, 0].float(), dim=-1)
+    logits = LOGIT_SCALE * (class_token[:, None] * text_features).sum(dim=-1)  # (B, 2)
+    return logits.softmax(dim=-1)[:, 1]
+
+
+def squash(scores: torch.Tensor, stages: int) -> torch.Tensor:
+    """Bring map values into (0, 1), 0 to 0.5, strictly increasing in float32 over all values that can occur.
+
+    Twice a value over the number of stages is the mean margin of the anomalous over the normal cosine; at CLIP's
+    temperature that is a logit, and ``x / (1 + |x|)`` flattens late where a sigmoid would be 1 already.
+
+    Args:
+        scores: Map values, any shape.
+        stages: Number of taps that were summed.
+
+    Example:
+        >>> squash(torch.tensor([-4.0, 0.0, 0.02, 4.0]), stages=4)
+        tensor([0.0025, 0.5000, 0.7500, 0.9975])
+    """
+    logits = LOGIT_SCALE * 2 / stages * scores
+    return 0.5 + 0.5 * logits / (1 + logits.abs())
+
+
+def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        msg = f"image_size must be one or two positive numbers of pixels, got {image_size!r}."
+        raise InputError(msg)
+    return sides
+
+
+def _rvs_options(rvs: str | Mapping[str, str | float]) -> dict[str, str | float]:
+    options = {"method": rvs} if isinstance(rvs, str) else dict(rvs)
+    if "method" not in options:
+        msg = f"rvs must name its method, for example {{'method': 'dbscan', 'eps': 1.5}}, got {dict(rvs)}."
+        raise InputError(msg)
+    # Told now rather than after the prompts were encoded.
+    select_representative_vector(torch.eye(2), **options)
+    return options
