@@ -261,6 +261,6 @@ def _load_weights(clip: nn.Module, path: Path, trusted: bool = False) -> None:
     ]
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        msg = f"The weights {path} do not fit the backbone: the file {problems[0]}{more}; choose the backbone they are of."
+        msg = f"The weights {path} do not fit the backbone: the file {problems[0]}{more}; choose its backbone."
         raise InputError(msg)
     clip.load_state_dict(state)

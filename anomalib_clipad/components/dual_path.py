@@ -177,7 +177,7 @@ def interpolate_positions(
 def _dual_attention(block: nn.Module, n: torch.Tensor, class_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Query-key and value-value attention of one block: (B, N + 1, W) each, the former (B, 1, W) if ``class_only``."""
     attention = block.attn
-    b, length, width = n.shape
+    b, length, _ = n.shape
     qkv = F.linear(n, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = qkv.reshape(b, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N + 1, d) each
     if class_only:
@@ -214,8 +214,8 @@ def _check_layers(layers: list[int] | None, depth: int) -> list[int]:
     if layers is None:
         return [depth // STAGES * stage for stage in range(1, STAGES + 1)]
     layers = list(layers)
-    ascending = all(a < b for a, b in zip(layers, layers[1:], strict=False))
-    if not layers or not ascending or not all(isinstance(tap, int) and 1 <= tap <= depth for tap in layers):
+    in_range = all(isinstance(tap, int) and 1 <= tap <= depth for tap in layers)
+    if not layers or not in_range or layers != sorted(set(layers)):
         msg = f"layers must be ascending block numbers between 1 and {depth}, got {layers}."
         raise InputError(msg)
     return layers

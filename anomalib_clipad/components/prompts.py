@@ -28,9 +28,9 @@ class PromptEnsemble:
         InputError: If a list is empty, or an entry does not hold exactly one ``{}``.
 
     Example:
-        >>> ensemble = PromptEnsemble(["flawless {}"], ["{} with a dent"], ["a photo of a {}.", "a dark photo of a {}."])
+        >>> ensemble = PromptEnsemble(["flawless {}"], ["{} with a dent"], ["a photo of a {}.", "a dark {}."])
         >>> ensemble.prompts("can")
-        (['a photo of a flawless can.', 'a dark photo of a flawless can.'], ['a photo of a can with a dent.', ...])
+        (['a photo of a flawless can.', 'a dark flawless can.'], ['a photo of a can with a dent.', ...])
         >>> normal, anomalous = PromptEnsemble.from_config("industrial").prompts("bottle")
         >>> len(normal), len(anomalous)
         (198, 220)

@@ -46,19 +46,41 @@ def select_representative_vector(embeddings: torch.Tensor, method: str = "dbscan
         >>> select_representative_vector(cloud, "dbscan", eps=0.5, min_samples=2)
         tensor([1., 0.])
     """
-    if method not in _METHODS:
-        msg = f"rvs method must be one of {', '.join(_METHODS)}, got {method!r}."
-        raise InputError(msg)
-    choose, allowed = _METHODS[method]
-    if unknown := sorted(set(options) - set(allowed)):
-        msg = f"rvs method {method!r} takes {', '.join(allowed) or 'no options'}, got {', '.join(unknown)}."
-        raise InputError(msg)
+    options = check_rvs(method, **options)
     if embeddings.ndim != 2 or not embeddings.numel() or not embeddings.isfinite().all():
         msg = f"embeddings must be a finite, non-empty (P, D) matrix, got shape {tuple(embeddings.shape)}."
         raise InputError(msg)
     cloud = embeddings.detach().cpu().double().numpy()
-    vector = torch.from_numpy(np.ascontiguousarray(choose(cloud, **allowed | options)))
+    vector = torch.from_numpy(np.ascontiguousarray(_METHODS[method][0](cloud, **options)))
     return F.normalize(vector, dim=0).to(embeddings)
+
+
+def check_rvs(method: str, **options: float) -> dict[str, float]:
+    """The options of a method, with its defaults filled in.
+
+    Args:
+        method: See :func:`select_representative_vector`.
+        **options: The method's options.
+
+    Raises:
+        InputError: If the method or an option is unknown.
+
+    Example:
+        >>> check_rvs("dbscan", eps=1.5)
+        {'eps': 1.5, 'min_samples': 15}
+    """
+    if method not in _METHODS:
+        msg = f"rvs method must be one of {', '.join(_METHODS)}, got {method!r}."
+        raise InputError(msg)
+    defaults = _METHODS[method][1]
+    if unknown := sorted(set(options) - set(defaults)):
+        msg = f"rvs method {method!r} takes {', '.join(defaults) or 'no options'}, got {', '.join(unknown)}."
+        raise InputError(msg)
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            msg = f"rvs option {name} must be a positive number, got {value!r}."
+            raise InputError(msg)
+    return {**defaults, **options}
 
 
 def _mean(cloud: np.ndarray) -> np.ndarray:

@@ -1,1 +1,9 @@
 """SDP, the model that needs no training."""
+
+# First, because its import calls ours back (see ``autoload``), which must not find this package half imported.
+import anomalib.models  # noqa: F401
+
+from anomalib_clipad.sdp.lightning_model import ClipAdSdp
+from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
+
+__all__ = ["ClipAdSdp", "ClipAdSdpModel"]

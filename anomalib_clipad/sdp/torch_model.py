@@ -4,8 +4,8 @@ CLIP-AD (arXiv 2311.00453), section 3. Nothing is trained.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
+import open_clip
 import torch
 from anomalib.data import InferenceBatch
 from torch import nn
@@ -19,27 +19,13 @@ from anomalib_clipad.components import (
     TextEncoder,
     feature_surgery,
     load_backbone,
-    select_representative_vector,
 )
+from anomalib_clipad.components.representative_vector import check_rvs
+from anomalib_clipad.components.scores import Scores, squash, text_score
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.errors import InputError
 
-LOGIT_SCALE = 100.0  # CLIP's own temperature
 PAPER_SIGMA, PAPER_SIZE = 8.0, 240  # the smoothing belongs to this input size
-
-
-class SdpScores(NamedTuple):
-    """What the method says of a batch, before the two scores become one.
-
-    Attributes:
-        anomaly_map: (B, H, W), smoothed; around 0, larger is more anomalous, at most 1 in size for each stage.
-        text_score: (B,) in [0, 1], softmax of the image against the two text vectors.
-        map_score: (B,), largest value of the map.
-    """
-
-    anomaly_map: torch.Tensor
-    text_score: torch.Tensor
-    map_score: torch.Tensor
 
 
 class ClipAdSdpModel(nn.Module):
@@ -94,8 +80,6 @@ class ClipAdSdpModel(nn.Module):
         if clip is None:
             loaded = load_backbone(backbone, pretrained)
         else:
-            import open_clip
-
             loaded = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
         self.mean, self.std = loaded.mean, loaded.std
         self.visual = DualPathVisionTransformer(loaded.clip.visual, layers).requires_grad_(requires_grad=False)
@@ -159,15 +143,18 @@ class ClipAdSdpModel(nn.Module):
         Raises:
             InputError: If no class is set, or the images are of another size.
         """
-        scores = self.scores(images, class_index)
+        return self.predictions(self.scores(images, class_index))
+
+    def predictions(self, scores: Scores) -> InferenceBatch:
+        """Image score, and labels and masks by rule, which call what is not a number anomalous."""
         return InferenceBatch(
             pred_score=self.image_score(scores),
-            pred_label=scores.text_score > 0.5,
+            pred_label=~(scores.text_score <= 0.5),
             anomaly_map=scores.anomaly_map,
-            pred_mask=scores.anomaly_map > 0,
+            pred_mask=~(scores.anomaly_map <= 0),
         )
 
-    def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> SdpScores:
+    def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of images, see :meth:`forward`."""
         if images.shape[-2:] != self.image_size:
             msg = f"The model takes images of {self.image_size} pixels, got {tuple(images.shape[-2:])}; resize them."
@@ -177,7 +164,7 @@ class ClipAdSdpModel(nn.Module):
             surgery = self.visual(images, with_original=False).surgery
         with torch.autocast(images.device.type, enabled=False):
             anomaly_map = self.smoothing(self.similarity_map(surgery, text_features))
-            return SdpScores(anomaly_map, text_score(surgery[-1], text_features), anomaly_map.amax(dim=(-2, -1)))
+            return Scores(anomaly_map, text_score(surgery[-1], text_features), anomaly_map.amax(dim=(-2, -1)))
 
     def similarity_map(self, surgery: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
         """The map before smoothing: (B, H, W), anomalous score of the patches, resized bilinearly."""
@@ -185,7 +172,7 @@ class ClipAdSdpModel(nn.Module):
         patches = patches.reshape(-1, 1, *self.grid)
         return F.interpolate(patches, size=self.image_size, mode="bilinear", align_corners=False)[:, 0]
 
-    def image_score(self, scores: SdpScores) -> torch.Tensor:
+    def image_score(self, scores: Scores) -> torch.Tensor:
         """One score an image, (B,): text score and map score, normalised and halved."""
         both = torch.stack([scores.text_score, scores.map_score], dim=-1)
         extent = self.score_max - self.score_min
@@ -198,39 +185,6 @@ class ClipAdSdpModel(nn.Module):
             msg = "No class is set, so there is nothing to compare the images with; call set_classes(['...']) first."
             raise InputError(msg)
         return self.text_features[0] if class_index is None else self.text_features[class_index]
-
-
-def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-    """Probability that an image is anomalous, from its class token (section 3.3 of the paper).
-
-    Args:
-        tokens: (B, N + 1, D), last tap of the surgery path.
-        text_features: (2, D) or (B, 2, D) unit vectors.
-
-    Returns:
-        (B,) in [0, 1].
-    """
-    class_token = F.normalize(tokens[:, 0].float(), dim=-1)
-    logits = LOGIT_SCALE * (class_token[:, None] * text_features).sum(dim=-1)  # (B, 2)
-    return logits.softmax(dim=-1)[:, 1]
-
-
-def squash(scores: torch.Tensor, stages: int) -> torch.Tensor:
-    """Bring map values into (0, 1), 0 to 0.5, strictly increasing in float32 over all values that can occur.
-
-    Twice a value over the number of stages is the mean margin of the anomalous over the normal cosine; at CLIP's
-    temperature that is a logit, and ``x / (1 + |x|)`` flattens late where a sigmoid would be 1 already.
-
-    Args:
-        scores: Map values, any shape.
-        stages: Number of taps that were summed.
-
-    Example:
-        >>> squash(torch.tensor([-4.0, 0.0, 0.02, 4.0]), stages=4)
-        tensor([0.0025, 0.5000, 0.7500, 0.9975])
-    """
-    logits = LOGIT_SCALE * 2 / stages * scores
-    return 0.5 + 0.5 * logits / (1 + logits.abs())
 
 
 def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -246,6 +200,5 @@ def _rvs_options(rvs: str | Mapping[str, str | float]) -> dict[str, str | float]
     if "method" not in options:
         msg = f"rvs must name its method, for example {{'method': 'dbscan', 'eps': 1.5}}, got {dict(rvs)}."
         raise InputError(msg)
-    # Told now rather than after the prompts were encoded.
-    select_representative_vector(torch.eye(2), **options)
+    check_rvs(**options)  # told now rather than after the prompts were encoded
     return options

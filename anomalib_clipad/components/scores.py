@@ -1,0 +1,55 @@
+"""From tokens and maps to the two scores of an image."""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+LOGIT_SCALE = 100.0  # CLIP's own temperature
+
+
+class Scores(NamedTuple):
+    """What the method says of a batch, before the two scores become one.
+
+    Attributes:
+        anomaly_map: (B, H, W), smoothed; around 0, larger is more anomalous, at most 1 in size for each stage.
+        text_score: (B,) in [0, 1], softmax of the image against the two text vectors.
+        map_score: (B,), largest value of the map.
+    """
+
+    anomaly_map: torch.Tensor
+    text_score: torch.Tensor
+    map_score: torch.Tensor
+
+
+def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+    """Probability that an image is anomalous, from its class token (section 3.3 of the paper).
+
+    Args:
+        tokens: (B, N + 1, D), last tap of the surgery path.
+        text_features: (2, D) or (B, 2, D) unit vectors.
+
+    Returns:
+        (B,) in [0, 1].
+    """
+    class_token = F.normalize(tokens[:, 0].float(), dim=-1)
+    logits = LOGIT_SCALE * (class_token[:, None] * text_features).sum(dim=-1)  # (B, 2)
+    return logits.softmax(dim=-1)[:, 1]
+
+
+def squash(scores: torch.Tensor, stages: int) -> torch.Tensor:
+    """Bring map values into (0, 1), 0 to 0.5, strictly increasing in float32 over all values that can occur.
+
+    Twice a value over the number of stages is the mean margin of the anomalous over the normal cosine; at CLIP's
+    temperature that is a logit, and ``x / (1 + |x|)`` flattens late where a sigmoid would be 1 already.
+
+    Args:
+        scores: Map values, any shape.
+        stages: Number of taps that were summed.
+
+    Example:
+        >>> squash(torch.tensor([-4.0, 0.0, 0.02, 4.0]), stages=4)
+        tensor([0.0025, 0.5000, 0.7500, 0.9975])
+    """
+    logits = LOGIT_SCALE * 2 / stages * scores
+    return 0.5 + 0.5 * logits / (1 + logits.abs())

@@ -1,0 +1,61 @@
+"""The paper's seven metrics, on the model's own scores.
+
+Two traps are kept out. anomalib's post-processor clamps scores before metrics see them, so these metrics read the
+fields ``raw_score`` and ``raw_map`` that our models leave on a test batch. And torchmetrics' curve metrics apply a
+sigmoid to those batches whose scores leave [0, 1], which would make a figure depend on the batch size; anomalib's
+``BinaryPrecisionRecallCurve`` takes scores as they are.
+"""
+
+from anomalib.metrics import AUPRO, AnomalibMetric, BinaryPrecisionRecallCurve, Evaluator, F1Max, F1Score
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+
+IMAGE_FIELDS = ("raw_score", "gt_label")
+PIXEL_FIELDS = ("raw_map", "gt_mask")
+
+
+class AUROC(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAUROC):
+    """Area under the ROC curve of scores of any range.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> metric = AUROC(fields=["raw_score", "gt_label"])
+        >>> for scores, labels in (([0.2, 0.4], [0, 1]), ([-3.0, 0.3], [0, 0])):
+        ...     metric.update(SimpleNamespace(raw_score=torch.tensor(scores), gt_label=torch.tensor(labels)))
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+
+class AP(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAveragePrecision):
+    """Average precision (step-wise area under the precision-recall curve) of scores of any range.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> metric = AP(fields=["raw_score", "gt_label"])
+        >>> metric.update(SimpleNamespace(raw_score=torch.tensor([-1.0, 2.0]), gt_label=torch.tensor([1, 0])))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+
+def paper_evaluator() -> Evaluator:
+    """Evaluator with the paper's metrics and anomalib's F1 of the thresholded prediction.
+
+    Image level: AUROC, F1Max, AP. Pixel level, where there are masks: AUROC, F1Max, AP, AUPRO up to 30 % false
+    positives.
+
+    Example:
+        >>> [metric.name for metric in paper_evaluator().test_metrics][:4]
+        ['image_AUROC', 'image_F1Max', 'image_AP', 'image_F1Score']
+    """
+    return Evaluator(
+        test_metrics=[
+            *(kind(fields=IMAGE_FIELDS, prefix="image_", strict=False) for kind in (AUROC, F1Max, AP)),
+            F1Score(fields=("pred_label", "gt_label"), prefix="image_", strict=False),
+            *(kind(fields=PIXEL_FIELDS, prefix="pixel_", strict=False) for kind in (AUROC, F1Max, AP)),
+            AUPRO(fields=PIXEL_FIELDS, prefix="pixel_", strict=False, fpr_limit=0.3),
+            F1Score(fields=("pred_mask", "gt_mask"), prefix="pixel_", strict=False),
+        ],
+    )

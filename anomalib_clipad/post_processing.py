@@ -1,0 +1,133 @@
+"""From scores to what a user sees: values in [0, 1], labels and masks."""
+
+from types import SimpleNamespace
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from torchmetrics.aggregation import CatMetric
+
+from anomalib_clipad.components.scores import Scores, squash
+
+
+class ClipAdPostProcessor(PostProcessor):
+    """anomalib's post-processor for a model whose image score is made of two.
+
+    With labelled validation data: both scores are min-max normalised over it, added and halved (the paper's image
+    score), and the thresholds of labels and masks are those of the best F1. Without: labels and masks follow the
+    model's fixed rules, and the map is brought into (0, 1) by :func:`squash`.
+
+    Args:
+        stages: Number of taps that the model sums.
+        enable_normalization: Bring scores and maps into [0, 1].
+        enable_thresholding: Give labels and masks.
+        image_sensitivity: Above 0.5 more images are called anomalous, below fewer.
+        pixel_sensitivity: Likewise for pixels.
+
+    Example:
+        >>> raw = InferenceBatch(torch.tensor([0.6]), torch.tensor([True]), torch.zeros(1, 4, 4), None)
+        >>> ClipAdPostProcessor()(raw).anomaly_map.unique()
+        tensor([0.5000])
+    """
+
+    def __init__(
+        self,
+        stages: int = 4,
+        enable_normalization: bool = True,
+        enable_thresholding: bool = True,
+        image_sensitivity: float = 0.5,
+        pixel_sensitivity: float = 0.5,
+    ) -> None:
+        super().__init__(
+            enable_normalization=enable_normalization,
+            enable_thresholding=enable_thresholding,
+            enable_threshold_matching=False,  # image and map scores have different ranges
+            image_sensitivity=image_sensitivity,
+            pixel_sensitivity=pixel_sensitivity,
+        )
+        self.stages = stages
+        self._text_scores, self._map_scores, self._labels = CatMetric(), CatMetric(), CatMetric()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Batch,
+        *args: object,
+        **kwargs: object,
+    ) -> None:
+        """Collect the scores of a labelled batch; they can be normalised only when all are known."""
+        del trainer, pl_module, args, kwargs
+        if outputs.gt_label is None:
+            return
+        self._text_scores.update(outputs.text_score)
+        self._map_scores.update(outputs.map_score)
+        self._labels.update(outputs.gt_label)
+        self._pixel_threshold_metric.update(outputs)
+        self._pixel_min_max_metric.update(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the score ranges and the thresholds."""
+        if not self._labels.update_called:
+            return
+        text, maps = self._text_scores.compute().reshape(-1), self._map_scores.compute().reshape(-1)
+        both = torch.stack([text, maps], dim=-1)
+        pl_module.model.set_score_range(both.amin(dim=0), both.amax(dim=0))
+        scores = pl_module.model.image_score(Scores(torch.empty(0), text, maps))
+        labels = self._labels.compute().reshape(-1).int()
+        epoch = SimpleNamespace(pred_score=scores, gt_label=labels)
+        self._image_threshold_metric.update(epoch)
+        self._image_min_max_metric.update(epoch)
+        for metric in (self._text_scores, self._map_scores, self._labels):
+            metric.reset()
+        super().on_validation_epoch_end(trainer, pl_module)
+
+    def forget(self) -> None:
+        """Forget thresholds and ranges, which belong to other classes."""
+        for buffer in self.buffers(recurse=False):
+            buffer.fill_(float("nan"))
+
+    def post_process_batch(self, batch: Batch) -> None:
+        """Normalise and threshold a batch in place."""
+        batch.update(
+            **self(
+                InferenceBatch(batch.pred_score, batch.pred_label, batch.anomaly_map, batch.pred_mask),
+            )._asdict(),
+        )
+
+    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Normalise and threshold what the model returned.
+
+        Args:
+            predictions: The model's output: image scores, labels by rule, raw maps, masks by rule.
+
+        Returns:
+            Scores and maps in [0, 1]; labels and masks by threshold where one is known, else as given.
+        """
+        score, label, anomaly_map, mask = predictions
+        if self.enable_thresholding:
+            label = self._threshold(score, label, "image", self.image_sensitivity)
+            mask = self._threshold(anomaly_map, mask, "pixel", self.pixel_sensitivity)
+        else:
+            label = mask = None
+        if self.enable_normalization:
+            score = score.clamp(0, 1)
+            anomaly_map = torch.where(
+                self.pixel_threshold.isnan(),
+                squash(anomaly_map, self.stages),
+                self._normalize(anomaly_map, self.pixel_min, self.pixel_max, self.pixel_threshold),
+            )
+        return InferenceBatch(score, label, anomaly_map, mask)
+
+    def _threshold(
+        self,
+        scores: torch.Tensor,
+        by_rule: torch.Tensor | None,
+        level: str,
+        sensitivity: float,
+    ) -> torch.Tensor:
+        threshold = getattr(self, f"{level}_threshold")
+        minimum, maximum = getattr(self, f"{level}_min"), getattr(self, f"{level}_max")
+        above = self._normalize(scores, minimum, maximum, threshold) > 1 - sensitivity
+        return above if by_rule is None else torch.where(threshold.isnan(), by_rule, above)

@@ -1,0 +1,85 @@
+"""SDP in anomalib's engine and command line."""
+
+from typing import Any
+
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.visualization import Visualizer
+from torch import nn
+
+from anomalib_clipad.components import fingerprint
+from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
+from anomalib_clipad.zero_shot import ZeroShotMixin
+
+
+class ClipAdSdp(ZeroShotMixin, AnomalibModule):
+    """CLIP-AD's SDP: zero-shot anomaly detection and localisation from a class name (arXiv 2311.00453).
+
+    Needs no training and no normal images. Prompts describe the object normal and broken, a staged dual path through
+    CLIP's vision tower compares every patch with both. The defaults are the paper's for MVTec-AD.
+
+    Args:
+        class_name: What the images show, such as "metal nut". By default the data module's category, else its name,
+            else "object".
+        backbone: CLIP architecture: a name that open_clip knows, hf-hub:ORG/NAME, or a folder with an
+            open_clip_config.json.
+        pretrained: Weights of the backbone: open_clip's tag, or a local file (.pt, .bin, .safetensors). None means
+            random weights, unless the backbone is a folder or on a hub, which bring their own.
+        layers: Blocks of the vision tower to look at, counted from 1. By default the ends of the tower's four stages:
+            3, 6, 9 and 12 of 12.
+        rvs: How one text vector is chosen from many prompts: mean, pca, kde, dbscan or mean_shift, or a mapping of
+            method and its options, such as {method: dbscan, eps: 1.5, min_samples: 25} for VisA.
+        prompts: Prompt ensemble: industrial (the paper's), medical (ours), the path of a YAML file, or a mapping with
+            normal_states, anomalous_states and templates.
+        image_size: Side of the input in pixels, or height and width; multiples of the patch size. By default the
+            backbone's own; others by interpolated position embeddings.
+        sigma: Standard deviation, in pixels, of the smoothing of the anomaly map. By default 8 at 240 pixels and in
+            proportion at other sizes.
+        pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
+        post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
+        evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
+        visualizer: Visualizer, or whether to use anomalib's default.
+
+    Raises:
+        InputError: If an argument cannot be used; weights that cannot be had are named with the ways out.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> model = ClipAdSdp(class_name="metal nut", backbone=small_clip)
+        >>> predictions = Engine(logger=False, enable_progress_bar=False).predict(model, data_path=image_folder)
+        >>> predictions[0].anomaly_map.shape
+        torch.Size([1, 32, 32])
+    """
+
+    def __init__(
+        self,
+        class_name: str | None = None,
+        backbone: str = "ViT-B-16-plus-240",
+        pretrained: str | None = "laion400m_e31",
+        layers: list[int] | None = None,
+        rvs: str | dict[str, Any] = "dbscan",
+        prompts: str | dict[str, Any] = "industrial",
+        image_size: int | tuple[int, int] | None = None,
+        sigma: float | None = None,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        model = ClipAdSdpModel(
+            backbone=backbone,
+            pretrained=pretrained,
+            layers=layers,
+            rvs=rvs,
+            prompts=prompts,
+            image_size=image_size,
+            sigma=sigma,
+        )
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std)
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        self.model = model
+        self.class_name = class_name
+        if class_name is not None:
+            model.prompts.prompts(class_name)  # an empty name is told now
+        self._fingerprint = fingerprint(model.visual)

@@ -1,0 +1,189 @@
+"""What a CLIP-AD model needs to run in anomalib's engine; the models only add their network.
+
+A mixin and not a base class: anomalib lists and finds direct subclasses of ``AnomalibModule`` only.
+"""
+
+import logging
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import open_clip
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
+
+from anomalib_clipad.components import PromptEnsemble
+from anomalib_clipad.errors import InputError
+from anomalib_clipad.metrics import paper_evaluator
+from anomalib_clipad.post_processing import ClipAdPostProcessor
+
+if TYPE_CHECKING:
+    from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
+
+logger = logging.getLogger(__name__)
+
+FALLBACK_CLASS = "object"
+IDENTITY = "clip_ad"  # key of our part of a checkpoint
+# Not saved: CLIP comes from its own weights, the metrics from the arguments.
+NOT_SAVED = ("model.visual.", "evaluator.")
+
+
+class ZeroShotMixin:
+    """Class names, calibration, checkpoints and steps of a zero-shot CLIP model.
+
+    The class that uses it gives ``model``, ``class_name`` and ``hparams`` with ``backbone`` and ``pretrained``.
+    """
+
+    model: "ClipAdSdpModel"
+    class_name: str | None
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Zero-shot: nothing is fitted, validation data only set thresholds."""
+        return LearningType.ZERO_SHOT
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No special arguments."""
+        return {}
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Nothing to optimise."""
+
+    @classmethod
+    def configure_pre_processor(
+        cls,
+        image_size: tuple[int, int] | None = None,
+        mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN,
+        std: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD,
+    ) -> PreProcessor:
+        """Plain bicubic resize of the whole image, so that masks line up, and CLIP's normalisation."""
+        resize = Resize(image_size or (240, 240), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return PreProcessor(transform=Compose([resize, Normalize(mean=mean, std=std)]))
+
+    def configure_post_processor(self) -> ClipAdPostProcessor:
+        """Post-processor that knows the image score is made of two."""
+        return ClipAdPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """The paper's metrics, see :func:`anomalib_clipad.metrics.paper_evaluator`."""
+        return paper_evaluator()
+
+    def setup(self, stage: str) -> None:
+        """Encode the prompts of the class at hand, unless a checkpoint brings its text vectors."""
+        del stage
+        if self.trainer.ckpt_path:
+            _check_is_checkpoint(Path(self.trainer.ckpt_path))
+            return
+        name = self.class_name or self._datamodule_class()
+        if name is None and not self.model.class_names:
+            logger.warning(
+                "No class name is known, so the images are taken for an %r; "
+                "set class_name to what they show for better results.",
+                FALLBACK_CLASS,
+            )
+            name = FALLBACK_CLASS
+        if name is not None and self.model.class_names != (name,):
+            self.model.set_classes([name])
+            if isinstance(self.post_processor, ClipAdPostProcessor):
+                self.post_processor.forget()
+
+    def _datamodule_class(self) -> str | None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        names = (getattr(datamodule, key, None) for key in ("category", "name"))
+        return next((name for name in names if isinstance(name, str) and name.strip()), None)
+
+    def val_dataloader(self) -> list:
+        """No data: lets anomalib predict and benchmark without a datamodule; a datamodule's own comes first."""
+        return []
+
+    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Score a batch; the post-processor collects the scores."""
+        del args, kwargs
+        return self._score(batch)
+
+    def test_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Score a batch, and keep the model's own scores on it for the metrics."""
+        del args, kwargs
+        batch = self._score(batch)
+        batch.raw_score, batch.raw_map = batch.pred_score, batch.anomaly_map
+        return batch
+
+    def predict_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Score a batch."""
+        del args, kwargs
+        return self._score(batch)
+
+    def _score(self, batch: Batch) -> Batch:
+        class_index = getattr(batch, "class_index", None)
+        scores = self.model.scores(batch.image, class_index)
+        if not scores.text_score.isfinite().all():
+            bad = (~scores.text_score.isfinite()).nonzero()[:, 0].tolist()
+            names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
+            logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
+        batch.text_score, batch.map_score = scores.text_score, scores.map_score
+        return batch.update(**self.model.predictions(scores)._asdict())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is not CLIP, and the name of the CLIP it belongs to."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] = {
+            key: value for key, value in checkpoint["state_dict"].items() if not key.startswith(NOT_SAVED)
+        }
+        prompts = checkpoint["hyper_parameters"].get("prompts")
+        if isinstance(prompts, PromptEnsemble):
+            checkpoint["hyper_parameters"]["prompts"] = asdict(prompts)
+        checkpoint[IDENTITY] = {**self._identity(), "class_names": list(self.model.class_names)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over text vectors, score ranges and thresholds, if they were made with this CLIP.
+
+        Raises:
+            InputError: If the checkpoint is another model's, or of another CLIP.
+        """
+        super().on_load_checkpoint(checkpoint)
+        found = checkpoint.get(IDENTITY)
+        if not isinstance(found, Mapping):
+            msg = f"The checkpoint is not one of {type(self).__name__}; give the model.ckpt that its test run wrote."
+            raise InputError(msg)
+        own = self._identity()
+        if differing := [key for key in own if found.get(key) != own[key]]:
+            sides = "; ".join(f"{key} was {found.get(key)!r}, here it is {own[key]!r}" for key in differing)
+            msg = f"The checkpoint does not fit this model: {sides}; give the model the arguments it was made with."
+            raise InputError(msg)
+        class_names = tuple(found["class_names"])
+        if self.class_name and class_names != (self.class_name,):
+            logger.warning(
+                "The checkpoint's class %s is used, not %r; leave the checkpoint out to use that.",
+                ", ".join(map(repr, class_names)),
+                self.class_name,
+            )
+        state = checkpoint["state_dict"]
+        self.model.class_names = class_names
+        self.model.text_features = torch.empty_like(state["model.text_features"], device=self.device)
+        state.update({key: value for key, value in self.state_dict().items() if key.startswith(NOT_SAVED)})
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "model": type(self).__name__,
+            "backbone": str(self.hparams.get("backbone")),
+            "weights": self._fingerprint,
+            "layers": list(self.model.visual.layers),
+            "image_size": list(self.model.image_size),
+        }
+
+
+def _check_is_checkpoint(path: Path) -> None:
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        what = "is not a checkpoint" if path.exists() else "does not exist"
+        msg = f"ckpt_path {path} {what}; give the model.ckpt that a test run of this model wrote."
+        raise InputError(msg)
