@@ -39,8 +39,9 @@ def tell_input_errors(_cli: "ModuleType") -> None:
     show = sys.excepthook
 
     def show_sentence(kind: type[BaseException], error: BaseException, trace: object) -> None:
-        if isinstance(error, InputError):
-            sys.stderr.write(f"error: {error}\n")
+        latest = InputError.latest
+        if latest is not None and str(latest) in str(error):
+            sys.stderr.write(f"error: {latest}\n")
         else:
             show(kind, error, trace)
 

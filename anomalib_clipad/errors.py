@@ -12,3 +12,10 @@ class InputError(ValueError):
         ...
         anomalib_clipad.errors.InputError: sigma must not be negative, got -1.
     """
+
+    latest: "InputError | None" = None
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        # The command line's parser swallows errors of the classes it builds and retells them in its own words.
+        InputError.latest = self

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_clipad.components import PromptEnsemble
+from anomalib_clipad.data import ReadableDataLoader
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.metrics import paper_evaluator
 from anomalib_clipad.post_processing import ClipAdPostProcessor
@@ -43,6 +44,8 @@ class ZeroShotMixin:
 
     model: "ClipAdSdpModel"
     class_name: str | None
+    _fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
+    _restored: bool = False  # whether text vectors and thresholds came with a checkpoint
 
     @property
     def learning_type(self) -> LearningType:
@@ -79,12 +82,52 @@ class ZeroShotMixin:
         return paper_evaluator()
 
     def setup(self, stage: str) -> None:
-        """Encode the prompts of the class at hand, unless a checkpoint brings its text vectors."""
+        """Have the trainer skip unreadable images and name unusable checkpoints, while it runs this model."""
         del stage
-        if self.trainer.ckpt_path:
-            _check_is_checkpoint(Path(self.trainer.ckpt_path))
-            return
+        trainer, strategy = self.trainer, self.trainer.strategy
+        process_dataloader, load_checkpoint = strategy.process_dataloader, strategy.load_checkpoint
+
+        def process(dataloader: object) -> object:
+            dataloader = process_dataloader(dataloader)
+            ours = trainer.lightning_module is self and ReadableDataLoader.can_wrap(dataloader)
+            return ReadableDataLoader(dataloader) if ours else dataloader
+
+        def load(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+            if trainer.lightning_module is self:
+                _check_is_checkpoint(Path(path))
+            return load_checkpoint(path, *args, **kwargs)
+
+        strategy.process_dataloader, strategy.load_checkpoint = process, load
+
+    def teardown(self, stage: str) -> None:
+        """Leave the trainer as it was, for the next model."""
+        del stage
+        for name in ("process_dataloader", "load_checkpoint"):
+            self.trainer.strategy.__dict__.pop(name, None)
+
+    def on_validation_start(self) -> None:
+        """See :meth:`prepare_classes`."""
+        self.prepare_classes()
+
+    def on_test_start(self) -> None:
+        """See :meth:`prepare_classes`."""
+        self.prepare_classes()
+
+    def on_predict_start(self) -> None:
+        """See :meth:`prepare_classes`."""
+        self.prepare_classes()
+
+    def prepare_classes(self) -> None:
+        """Encode the prompts of the class at hand, unless a checkpoint has brought its text vectors."""
         name = self.class_name or self._datamodule_class()
+        if self._restored:
+            if name is not None and name not in self.model.class_names:
+                logger.warning(
+                    "The checkpoint's class %s is used, not %r; leave the checkpoint out to use that.",
+                    ", ".join(map(repr, self.model.class_names)),
+                    name,
+                )
+            return
         if name is None and not self.model.class_names:
             logger.warning(
                 "No class name is known, so the images are taken for an %r; "
@@ -160,15 +203,9 @@ class ZeroShotMixin:
             sides = "; ".join(f"{key} was {found.get(key)!r}, here it is {own[key]!r}" for key in differing)
             msg = f"The checkpoint does not fit this model: {sides}; give the model the arguments it was made with."
             raise InputError(msg)
-        class_names = tuple(found["class_names"])
-        if self.class_name and class_names != (self.class_name,):
-            logger.warning(
-                "The checkpoint's class %s is used, not %r; leave the checkpoint out to use that.",
-                ", ".join(map(repr, class_names)),
-                self.class_name,
-            )
         state = checkpoint["state_dict"]
-        self.model.class_names = class_names
+        self.model.class_names = tuple(found["class_names"])
+        self._restored = True
         self.model.text_features = torch.empty_like(state["model.text_features"], device=self.device)
         state.update({key: value for key, value in self.state_dict().items() if key.startswith(NOT_SAVED)})
 

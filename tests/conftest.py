@@ -1,0 +1,116 @@
+"""Small real parts for the tests: CLIPs, images and the authors' numbers."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+SMALL_CONFIG = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_lightning() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class Parity:
+    """The authors' numbers, see tests/data/README.md."""
+
+    def __init__(self) -> None:
+        self.arrays = np.load(Path(__file__).parent / "data" / "parity.npz", allow_pickle=False)
+        self.meta = json.loads(str(self.arrays["meta"]))
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[key])
+
+    def clip(self) -> open_clip.CLIP:
+        clip = open_clip.CLIP(**self.meta["cfg"])
+        clip.load_state_dict({k[len("weight/") :]: self[k] for k in self.arrays.files if k.startswith("weight/")})
+        return clip.eval()
+
+    def text_features(self, method: str = "mean") -> torch.Tensor:
+        """(classes, 2, D)."""
+        return torch.stack([self[f"rvs/{name}/{method}"].T for name in self.meta["classes"]])
+
+
+@pytest.fixture(scope="session")
+def parity() -> Parity:
+    return Parity()
+
+
+@pytest.fixture(scope="session")
+def parity_clip(parity: Parity) -> open_clip.CLIP:
+    return parity.clip()
+
+
+def make_clip(seed: int = 0, **vision: object) -> open_clip.CLIP:
+    """A small random CLIP whose blocks differ enough for mistakes to show."""
+    torch.manual_seed(seed)
+    config = {**SMALL_CONFIG, "vision_cfg": {**SMALL_CONFIG["vision_cfg"], **vision}}
+    quick_gelu = config["vision_cfg"].pop("quick_gelu", False)
+    return open_clip.CLIP(**config, quick_gelu=quick_gelu).eval()
+
+
+def save_clip(folder: Path, seed: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL_CONFIG}))
+    state = {key: value.contiguous() for key, value in make_clip(seed).state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small random CLIP, as ``backbone`` takes it."""
+    return str(save_clip(tmp_path_factory.mktemp("small_clip")))
+
+
+def write_category(root: Path, normal: int = 5, broken: int = 6, size: int = 48) -> Path:
+    """A category in MVTec layout: noise, and noise with a bright square that a mask marks."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train/good", 2), ("test/good", normal), ("test/square", broken)):
+        folder = root / split
+        folder.mkdir(parents=True)
+        for number in range(count):
+            pixels = rng.integers(60, 120, (size, size, 3), dtype=np.uint8)
+            if split == "test/square":
+                y, x = rng.integers(4, size - 20, 2)
+                pixels[y : y + 14, x : x + 14] += 100
+                mask = np.zeros((size, size), dtype=np.uint8)
+                mask[y : y + 14, x : x + 14] = 255
+                (root / "ground_truth/square").mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(root / f"ground_truth/square/{number:03d}_mask.png")
+            Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def category(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small MVTec-layout category with masks; not to be written to."""
+    return write_category(tmp_path_factory.mktemp("data") / "widget")
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Two small pictures in a folder of their own."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / name)
+    return folder

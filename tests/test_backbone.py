@@ -1,0 +1,182 @@
+"""Weights from a tag, a file, a folder or a hub: loaded without executing them, or one sentence why not."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from anomalib_clipad.components import backbone as module
+from anomalib_clipad.components import fingerprint, load_backbone
+from anomalib_clipad.errors import InputError
+
+from .conftest import SMALL_CONFIG, make_clip, save_clip
+
+TINY = "tiny-test-clip"
+
+
+@pytest.fixture(autouse=True)
+def _tiny_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An architecture by name, as open_clip's own are."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, TINY, SMALL_CONFIG)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(module.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to reach a network ends the test."""
+    import socket
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("reached for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def same_weights(clip: torch.nn.Module, seed: int = 3) -> bool:
+    expected = make_clip(seed).state_dict()
+    return all(torch.equal(value, expected[key]) for key, value in clip.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.safetensors", "training.pt"])
+def test_weights_from_a_local_file(tmp_path: Path, name: str, no_network: None) -> None:
+    state = make_clip(3).state_dict()
+    if name == "training.pt":
+        torch.save(
+            {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / name
+        )
+    elif name.endswith(".safetensors"):
+        save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name)
+    loaded = load_backbone(TINY, str(tmp_path / name))
+    assert same_weights(loaded.clip)
+    assert not loaded.clip.training
+    assert not any(parameter.requires_grad for parameter in loaded.clip.parameters())
+
+
+def test_a_folder_brings_its_weights(tmp_path: Path, no_network: None) -> None:
+    folder = save_clip(tmp_path / "clip", seed=3)
+    for name in (str(folder), f"local-dir:{folder}"):
+        assert same_weights(load_backbone(name).clip)
+
+
+def test_a_file_is_not_executed(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    with (tmp_path / "evil.pt").open("wb") as file:
+        pickle.dump({"state_dict": Payload()}, file)
+    torch.save({"state_dict": Payload()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(InputError, match=f"{name} are not a plain state dict"):
+            load_backbone(TINY, str(tmp_path / name))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_broken_file_is_told_in_a_sentence(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x00\x01 not weights")
+    with pytest.raises(InputError, match="are not a plain state dict.*save them with"):
+        load_backbone(TINY, str(tmp_path / name))
+
+
+def test_weights_of_another_backbone_are_told_in_a_sentence(tmp_path: Path) -> None:
+    torch.save(make_clip(layers=8).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="do not fit the backbone: the file has an unknown .*resblocks.4.* more"):
+        load_backbone(TINY, str(tmp_path / "w.pt"))
+    torch.save(make_clip(width=64).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InputError, match="of shape .* instead of"):
+        load_backbone(TINY, str(tmp_path / "w.pt"))
+
+
+def test_no_weights_are_a_loud_warning_and_the_same_every_time(caplog: pytest.LogCaptureFixture) -> None:
+    first = load_backbone(TINY, None).clip
+    assert "RANDOM WEIGHTS" in caplog.text
+    torch.manual_seed(1)
+    assert fingerprint(load_backbone(TINY, None).clip) == fingerprint(first)
+
+
+def test_unreachable_weights_name_tag_cache_and_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import urllib.request
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    monkeypatch.setattr(module, "hf_hub_download", fail)
+    with pytest.raises(InputError) as caught:
+        load_backbone("ViT-B-16-plus-240", "laion400m_e31")
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in ("'laion400m_e31'", "ViT-B-16-plus-240", str(tmp_path / "home/.cache/clip"), "local file", "copy the"):
+        assert words in message
+
+
+def test_cached_weights_of_a_url_need_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    cache = tmp_path / "home/.cache/clip"
+    cache.mkdir(parents=True)
+    torch.save(make_clip(3).state_dict(), cache / "tiny.pt")
+    tags = {"some_tag": {"url": "https://example.com/tiny.pt", "mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, TINY, tags)
+    loaded = load_backbone(TINY, "some_tag")
+    assert same_weights(loaded.clip)
+    assert loaded.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("as_tag", [True, False])
+def test_cached_weights_of_a_hub_need_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, as_tag: bool
+) -> None:
+    snapshot = tmp_path / "hub/models--org--tiny/snapshots/abc"
+    save_clip(snapshot, seed=3)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    if as_tag:
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, TINY, {"some_tag": {"hf_hub": "org/tiny/"}})
+        assert same_weights(load_backbone(TINY, "some_tag").clip)
+    else:
+        assert same_weights(load_backbone("hf-hub:org/tiny").clip)
+
+
+def test_openai_weights_get_the_activation_they_were_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "home/.cache/clip"
+    cache.mkdir(parents=True)
+    torch.save(make_clip(3).state_dict(), cache / "tiny.pt")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, TINY, {"openai": {"url": "https://example.com/tiny.pt"}})
+    clip = load_backbone(TINY, "openai").clip
+    assert type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ViT-Z-99", None), "open_clip.list_models.*got 'ViT-Z-99'"),
+        ((TINY, "nowhere/w.pt"), "a file that exists or a tag of tiny-test-clip .*got 'nowhere/w.pt'"),
+        (("coca_ViT-B-32", None), "captioning model"),
+    ],
+)
+def test_wrong_names_are_told_in_a_sentence(arguments: tuple, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load_backbone(*arguments)
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps({"other": 1})])
+def test_a_folder_without_a_config_is_told_in_a_sentence(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(InputError, match="open_clip_config.json"):
+        load_backbone(str(tmp_path))
