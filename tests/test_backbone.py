@@ -45,7 +45,8 @@ def same_weights(clip: torch.nn.Module, seed: int = 3) -> bool:
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.safetensors", "training.pt"])
-def test_weights_from_a_local_file(tmp_path: Path, name: str, no_network: None) -> None:
+@pytest.mark.usefixtures("no_network")
+def test_weights_from_a_local_file(tmp_path: Path, name: str) -> None:
     state = make_clip(3).state_dict()
     if name == "training.pt":
         torch.save(
@@ -61,7 +62,8 @@ def test_weights_from_a_local_file(tmp_path: Path, name: str, no_network: None) 
     assert not any(parameter.requires_grad for parameter in loaded.clip.parameters())
 
 
-def test_a_folder_brings_its_weights(tmp_path: Path, no_network: None) -> None:
+@pytest.mark.usefixtures("no_network")
+def test_a_folder_brings_its_weights(tmp_path: Path) -> None:
     folder = save_clip(tmp_path / "clip", seed=3)
     for name in (str(folder), f"local-dir:{folder}"):
         assert same_weights(load_backbone(name).clip)
@@ -120,9 +122,8 @@ def test_unreachable_weights_name_tag_cache_and_ways_out(monkeypatch: pytest.Mon
         assert words in message
 
 
-def test_cached_weights_of_a_url_need_no_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
-) -> None:
+@pytest.mark.usefixtures("no_network")
+def test_cached_weights_of_a_url_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "home/.cache/clip"
     cache.mkdir(parents=True)
     torch.save(make_clip(3).state_dict(), cache / "tiny.pt")
@@ -134,9 +135,8 @@ def test_cached_weights_of_a_url_need_no_network(
 
 
 @pytest.mark.parametrize("as_tag", [True, False])
-def test_cached_weights_of_a_hub_need_no_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, as_tag: bool
-) -> None:
+@pytest.mark.usefixtures("no_network")
+def test_cached_weights_of_a_hub_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_tag: bool) -> None:
     snapshot = tmp_path / "hub/models--org--tiny/snapshots/abc"
     save_clip(snapshot, seed=3)
     (snapshot.parents[1] / "refs").mkdir()

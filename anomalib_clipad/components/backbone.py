@@ -37,6 +37,11 @@ class Backbone(NamedTuple):
         tokenizer: Turns a list of sentences into (P, context length) tokens.
         mean: Mean of the images' channels it was trained with.
         std: Standard deviation of the channels.
+
+    Example:
+        >>> loaded = load_backbone(small_clip)
+        >>> loaded.tokenizer(["a bottle"]).shape, loaded.clip.training
+        (torch.Size([1, 77]), False)
     """
 
     clip: nn.Module
@@ -62,6 +67,11 @@ def load_backbone(backbone: str = "ViT-B-16-plus-240", pretrained: str | None = 
 
     Raises:
         InputError: If the backbone is unknown, or the weights cannot be found, reached, read or fitted.
+
+    Example:
+        >>> clip, tokenizer, mean, std = load_backbone(small_clip)
+        >>> clip.encode_image(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 24])
     """
     folder = Path(str(backbone).removeprefix("local-dir:"))
     brings_weights = backbone.startswith(HUB_PREFIX) or folder.is_dir()

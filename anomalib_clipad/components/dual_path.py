@@ -21,6 +21,10 @@ class DualPathFeatures(NamedTuple):
         original: (B, N + 1, W) each, tokens of CLIP's own residual stream.
         surgery: (B, N + 1, D) each, tokens of the surgery path in the joint embedding space; the class token is
             the original path's.
+
+    Example:
+        >>> DualPathFeatures(original=[torch.rand(1, 5, 8)], surgery=[torch.rand(1, 5, 6)]).surgery[0].shape
+        torch.Size([1, 5, 6])
     """
 
     original: list[torch.Tensor]

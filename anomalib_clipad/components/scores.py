@@ -15,6 +15,11 @@ class Scores(NamedTuple):
         anomaly_map: (B, H, W), smoothed; around 0, larger is more anomalous, at most 1 in size for each stage.
         text_score: (B,) in [0, 1], softmax of the image against the two text vectors.
         map_score: (B,), largest value of the map.
+
+    Example:
+        >>> maps = torch.tensor([[[0.01, -0.02], [0.03, 0.0]]])
+        >>> Scores(maps, torch.tensor([0.5]), maps.amax(dim=(-2, -1))).map_score
+        tensor([0.0300])
     """
 
     anomaly_map: torch.Tensor
@@ -31,6 +36,10 @@ def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tenso
 
     Returns:
         (B,) in [0, 1].
+
+    Example:
+        >>> text_score(torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]]]), torch.eye(2)).round(decimals=4)
+        tensor([0., 1.])
     """
     class_token = F.normalize(tokens[:, 0].float(), dim=-1)
     logits = LOGIT_SCALE * (class_token[:, None] * text_features).sum(dim=-1)  # (B, 2)

@@ -22,27 +22,38 @@ EXIF_FORMATS = {"JPEG", "MPO", "TIFF"}
 EXIF_ORIENTATION = 0x0112
 
 
-class ReadableDataLoader:
-    """Goes through a data loader and skips what cannot be read, with a warning that names the file.
+class ReadableDataLoader(DataLoader):
+    """A data loader that skips what cannot be read, with a warning that names the file.
 
     16-bit images are brought to [0, 1] whole instead of saturated. Images stored rotated are judged as stored, so that
     heatmap and picture agree, and named.
 
     Args:
-        dataloader: A loader over one of anomalib's datasets.
+        dataloader: A loader over one of anomalib's datasets, which is left as it is.
 
     Example:
         >>> from anomalib.data import PredictDataset
+        >>> _ = (image_folder / "broken.png").write_bytes(b"not an image")
         >>> dataset = PredictDataset(image_folder)
-        >>> broken = image_folder / "broken.png"
-        >>> _ = broken.write_bytes(b"not an image")
-        >>> loader = ReadableDataLoader(DataLoader(PredictDataset(image_folder), collate_fn=dataset.collate_fn))
+        >>> loader = ReadableDataLoader(DataLoader(dataset, collate_fn=dataset.collate_fn))
         >>> len(loader), len(list(loader))
         (3, 2)
     """
 
     def __init__(self, dataloader: DataLoader) -> None:
-        self.dataloader = dataloader
+        super().__init__(
+            _ReadableDataset(dataloader.dataset),
+            batch_sampler=dataloader.batch_sampler,
+            num_workers=dataloader.num_workers,
+            collate_fn=_SkippingCollate(dataloader.collate_fn),
+            pin_memory=dataloader.pin_memory,
+            timeout=dataloader.timeout,
+            worker_init_fn=dataloader.worker_init_fn,
+            multiprocessing_context=dataloader.multiprocessing_context,
+            generator=dataloader.generator,
+            prefetch_factor=dataloader.prefetch_factor,
+            persistent_workers=dataloader.persistent_workers,
+        )
 
     @staticmethod
     def can_wrap(dataloader: object) -> bool:
@@ -53,30 +64,9 @@ class ReadableDataLoader:
             and not isinstance(dataloader.dataset, IterableDataset)
         )
 
-    def __len__(self) -> int:
-        """Number of batches, those that turn out empty included."""
-        return len(self.dataloader)
-
-    def __getattr__(self, name: str) -> object:
-        """Everything else is the loader's."""
-        return getattr(self.__dict__["dataloader"], name)
-
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the readable images."""
-        own = self.dataloader
-        guarded = DataLoader(
-            _ReadableDataset(own.dataset),
-            batch_sampler=own.batch_sampler,
-            num_workers=own.num_workers,
-            collate_fn=_SkippingCollate(own.collate_fn),
-            pin_memory=own.pin_memory,
-            timeout=own.timeout,
-            worker_init_fn=own.worker_init_fn,
-            multiprocessing_context=own.multiprocessing_context,
-            generator=own.generator,
-            prefetch_factor=own.prefetch_factor,
-        )
-        return (batch for batch in guarded if batch is not None)
+        return (batch for batch in super().__iter__() if batch is not None)
 
 
 class _ReadableDataset(Dataset):
@@ -85,6 +75,9 @@ class _ReadableDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["dataset"], name)
 
     def __getitem__(self, index: int) -> DatasetItem | None:
         try:

@@ -1,0 +1,147 @@
+"""The stock ``anomalib`` command, in a process of its own, as a user types it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from anomalib.cli import AnomalibCLI
+from PIL import Image
+
+from .conftest import write_category
+
+ANOMALIB = Path(sys.executable).with_name("anomalib")
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(ANOMALIB), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def folder_arguments(category: Path) -> list[object]:
+    keys = {
+        "name": "widget",
+        "root": category,
+        "normal_dir": "train/good",
+        "normal_test_dir": "test/good",
+        "abnormal_dir": "test/square",
+        "mask_dir": "ground_truth/square",
+        "num_workers": 0,
+        "val_split_mode": "same_as_test",
+    }
+    return ["--data", "Folder", *(part for key, value in keys.items() for part in (f"--data.{key}", value))]
+
+
+@pytest.fixture(scope="module")
+def tested(small_clip: str, category: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where a test run wrote, and what it printed."""
+    root = tmp_path_factory.mktemp("run")
+    done = run("test", "--model", "ClipAdSdp", "--model.backbone", small_clip, *folder_arguments(category), cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root / "results/ClipAdSdp/widget/latest", done.stdout
+
+
+def test_test_prints_the_seven_metrics_and_draws(tested: tuple[Path, str], category: Path) -> None:
+    results, printed = tested
+    for name in ("image_AUROC", "image_F1Max", "image_AP", "pixel_AUROC", "pixel_F1Max", "pixel_AP", "pixel_AUPRO"):
+        assert re.search(rf"{name}\s*│\s*[01]\.\d+", printed), name
+    pictures = list((results / "images").rglob("*.png"))
+    assert len(pictures) == len(list((category / "test").rglob("*.png")))
+    assert Image.open(pictures[0]).size[0] > 3 * 200
+
+
+def test_test_writes_a_small_checkpoint(tested: tuple[Path, str]) -> None:
+    assert (tested[0] / "weights/lightning/model.ckpt").stat().st_size < 1_000_000
+
+
+def test_predict_from_a_checkpoint_and_without(
+    tested: tuple[Path, str], small_clip: str, image_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["predict", "--model", "ClipAdSdp", "--model.backbone", small_clip, "--data"]
+    checkpoint = tested[0] / "weights/lightning/model.ckpt"
+    done = run(*arguments, image_folder / "a.png", "--ckpt_path", checkpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "No class name is known" not in done.stdout + done.stderr
+    assert len(list((tmp_path / "results").rglob("a.png"))) == 1
+    done = run(*arguments, image_folder, "--model.class_name", "metal nut", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "results").rglob("b.jpg"))) == 1
+
+
+def test_benchmark_knows_the_short_name(small_clip: str, tmp_path: Path) -> None:
+    write_category(tmp_path / "widget")
+    keys = {"name": "widget", "normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square"}
+    data = {"root": str(tmp_path / "widget"), "mask_dir": "ground_truth/square", "num_workers": 0, **keys}
+    config = {
+        "accelerator": "cpu",
+        "benchmark": {
+            "seed": 1,
+            "model": {"class_path": "ClipAdSdp", "init_args": {"backbone": small_clip, "class_name": "widget"}},
+            "data": {"class_path": "Folder", "init_args": data},
+        },
+    }
+    (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(config))
+    done = run("benchmark", "--config", "benchmark.yaml", cwd=tmp_path)
+    table = next((tmp_path / "runs").rglob("results.csv"), None)
+    assert table is not None, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "pixel_AUPRO" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.rvs", "median"], "rvs method must be one of mean, pca, kde, dbscan, mean_shift, got 'median'"),
+        (["--model.backbone", "ViT-Z"], "backbone must be a name from open_clip.list_models"),
+        (["--model.class_name", ""], "class_name is empty"),
+    ],
+)
+def test_bad_input_is_one_sentence_without_a_stack_trace(
+    small_clip: str, image_folder: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    model = ["--model", "ClipAdSdp", "--model.backbone", small_clip, *arguments]
+    done = run("predict", *model, "--data", image_folder, cwd=tmp_path)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_help_lists_every_argument_with_its_meaning(tmp_path: Path) -> None:
+    done = run("test", "--model.help", "ClipAdSdp", cwd=tmp_path)
+    text = re.sub(r"\s+", " ", done.stdout)
+    for argument, meaning in {
+        "class_name": "What the images show",
+        "backbone": "CLIP architecture",
+        "pretrained": "Weights of the backbone",
+        "layers": "Blocks of the vision tower",
+        "rvs": "How one text vector is chosen",
+        "prompts": "Prompt ensemble",
+        "image_size": "Side of the input in pixels",
+        "sigma": "Standard deviation, in pixels",
+    }.items():
+        assert re.search(rf"--model\.{argument} \S+.*?{meaning}", text), argument
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(config: Path) -> None:
+    cli = AnomalibCLI.__new__(AnomalibCLI)  # its constructor would go on to build what it parsed
+    cli.parser = cli.init_parser()
+    cli.subcommand_parsers, cli.subcommand_method_arguments = {}, {}
+    cli.add_subcommands()
+    parsed = cli.parser.parse_args(["test", "--config", str(config)])
+    assert parsed.test.model.class_path.endswith("ClipAdSdp")
+    assert parsed.test.data.class_path
+
+
+def test_there_are_configs() -> None:
+    assert {"sdp_mvtec", "sdp_visa", "sdp_folder"} <= {path.stem for path in CONFIGS}
