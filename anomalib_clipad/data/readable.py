@@ -54,6 +54,8 @@ class ReadableDataLoader(DataLoader):
             prefetch_factor=dataloader.prefetch_factor,
             persistent_workers=dataloader.persistent_workers,
         )
+        # A loader with a batch sampler has none of its own; anomalib's timer reports it.
+        self.__dict__["batch_size"] = dataloader.batch_size
 
     @staticmethod
     def can_wrap(dataloader: object) -> bool:

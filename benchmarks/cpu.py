@@ -1,0 +1,156 @@
+"""Speed and memory on the CPU, as ratios measured in one run.
+
+    python benchmarks/cpu.py                  # ViT-B-16-plus-240 with random weights, some ten minutes on two cores
+    python benchmarks/cpu.py --backbone ViT-B-32 --batch-sizes 1
+
+Weights do not change the figures, so none are needed. Pairs of calls alternate, and the median of their ratios is
+printed, because machines drift.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional as F
+
+from anomalib_clipad.components import DualPathVisionTransformer, PromptEnsemble, TextEncoder, load_backbone
+from anomalib_clipad.sdp import ClipAdSdpModel
+
+LIMITS = {
+    "dual path / encode_image": 1.2,
+    "SDP / encode_image": 1.2,
+    "WinCLIP / SDP": 10.0,
+    "77 tokens / cut": 6.0,
+    "memory of SDP / encode_image": 1.3,
+    "start of Python, added": 1.0,
+}
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def median_ratio(first: Callable[[], object], second: Callable[[], object], pairs: int) -> tuple[float, float, float]:
+    """Median seconds of both and median of first / second, the two in turn."""
+    first(), second()
+    times = [(seconds(first), seconds(second)) for _ in range(pairs)]
+    a, b = (statistics.median(column) for column in zip(*times, strict=True))
+    return a, b, statistics.median(x / y for x, y in times)
+
+
+def peak_memory(backbone: str, batch_size: int, ours: bool) -> float:
+    """MiB that one forward adds to a fresh process's peak."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_forward_memory, (backbone, batch_size, ours))
+
+
+def _forward_memory(backbone: str, batch_size: int, ours: bool) -> float:
+    logging.disable(logging.WARNING)
+    clip = load_backbone(backbone, None).clip
+    side = clip.visual.image_size[0]
+    model = ClipAdSdpModel(clip=clip)
+    model.text_features = F.normalize(torch.randn(1, 2, model.visual.embed_dim), dim=-1)
+    images = torch.randn(batch_size, 3, side, side)
+    with torch.inference_mode():
+        clip.encode_image(images[:1])  # libraries set up their buffers at the first call
+        model(images[:1])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        (model if ours else clip.encode_image)(images)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def row(name: str, detail: str, ratio: float, at_most: bool = True, unit: str = "x") -> None:
+    """Print one line of the table."""
+    limit = LIMITS[name]
+    holds = ratio <= limit if at_most else ratio >= limit
+    bound = f"{'at most' if at_most else 'at least'} {limit:g} {unit}"
+    print(f"| {name} | {detail} | {ratio:.2f} {unit} | {bound} | {'yes' if holds else 'NO'} |", flush=True)
+
+
+def startup(pairs: int) -> float:
+    """Milliseconds that the package adds to a start of Python."""
+
+    def start(autoload: str) -> Callable[[], object]:
+        return lambda: subprocess.run(
+            [sys.executable, "-c", "pass"], env={**os.environ, "ANOMALIB_CLIPAD_AUTOLOAD": autoload}, check=True
+        )
+
+    start("1")(), start("0")()
+    return 1000 * statistics.median(seconds(start("1")) - seconds(start("0")) for _ in range(pairs))
+
+
+def main() -> None:
+    """Measure everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="ViT-B-16-plus-240")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--skip-winclip", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{arguments.backbone}, float32, {machine}\n")
+    print("| ratio | at | measured | wanted | holds |\n|---|---|---|---|---|")
+    clip, tokenizer, *_ = load_backbone(arguments.backbone, None)
+    side = clip.visual.image_size[0]
+    tower = DualPathVisionTransformer(clip.visual)
+    model = ClipAdSdpModel(clip=clip)
+    model.text_features = F.normalize(torch.randn(1, 2, tower.embed_dim), dim=-1)
+
+    with torch.inference_mode():
+        for batch_size in arguments.batch_sizes:
+            images = torch.randn(batch_size, 3, side, side)
+            pairs = max(3, arguments.pairs * 4 // (batch_size + 3))
+
+            def plain(images: torch.Tensor = images) -> torch.Tensor:
+                return clip.encode_image(images)
+
+            for name, ours in (("dual path", tower), ("SDP", model)):
+                own, base, ratio = median_ratio(lambda ours=ours, images=images: ours(images), plain, pairs)
+                row(f"{name} / encode_image", f"batch {batch_size}: {own:.2f} s, {base:.2f} s", ratio)
+
+        if not arguments.skip_winclip:
+            from anomalib.models.image.winclip import torch_model
+
+            with patch.object(torch_model, "PRETRAINED", None):
+                winclip = torch_model.WinClipModel(class_name="bottle").eval()
+            images = torch.randn(1, 3, 240, 240)
+            other, own, ratio = median_ratio(lambda: winclip(images), lambda: model(images), 3)
+            row("WinCLIP / SDP", f"batch 1: {other:.2f} s, {own:.2f} s", ratio, at_most=False)
+
+        prompts = [p for state in PromptEnsemble.from_config("industrial").prompts("metal_nut") for p in state]
+        tokens = tokenizer(prompts)
+        whole = seconds(lambda: [clip.encode_text(chunk) for chunk in tokens.split(256)])
+        encoder = TextEncoder(clip, tokenizer)
+        cut = statistics.median(seconds(lambda: encoder.encode(prompts)) for _ in range(3))
+        row(
+            "77 tokens / cut",
+            f"{len(prompts)} prompts of metal_nut: {whole:.1f} s, {cut:.1f} s",
+            whole / cut,
+            at_most=False,
+        )
+
+    for batch_size in arguments.batch_sizes:
+        ours, plain = (peak_memory(arguments.backbone, batch_size, flag) for flag in (True, False))
+        detail = f"batch {batch_size}: {ours:.0f} MiB, {plain:.0f} MiB"
+        row("memory of SDP / encode_image", detail, ours / max(plain, 1.0))
+
+    row("start of Python, added", "median of 101 pairs", startup(101), unit="ms")
+
+
+if __name__ == "__main__":
+    main()
