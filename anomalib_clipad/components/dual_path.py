@@ -106,36 +106,39 @@ class DualPathVisionTransformer(nn.Module):
             One tensor a tap and path; ``original`` is empty without ``with_original``.
         """
         visual, last = self.visual, self.layers[-1]
-        original_taps: list[torch.Tensor] = []
-        surgery_taps: list[torch.Tensor] = []
+        taps = DualPathFeatures([], [])
+
+        def tap(surgery: torch.Tensor, original: torch.Tensor) -> None:
+            tokens = torch.cat([original[:, :1], surgery[:, 1:]], dim=1)
+            taps.surgery.append(visual.ln_post(tokens) @ visual.proj)
+            if with_original:
+                taps.original.append(original)
 
         h = self._embed(images)  # (B, N + 1, W)
-        s = torch.zeros_like(h)
+        s: torch.Tensor | None = None
         waiting: torch.Tensor | None = None  # surgery stream of the last tap, its class token still to come
         for index, block in enumerate(visual.transformer.resblocks, start=1):
             # Nothing but the class token of the last block's own path is looked at by SDP.
             class_only = index == self.depth and not with_original
             attended, surgery = _dual_attention(block, block.ln_1(h), class_only)
             m = (h[:, :1] if class_only else h) + attended
-
             if waiting is not None:
                 # The release reads a tap's original stream only after the next block's attention was added to it.
-                surgery_taps.append(self._project(waiting, m))
-                original_taps.append(m)
+                tap(waiting, m)
                 waiting = None
                 if index > last:
                     break
-
-            s = surgery if (index - 1) % self.stage_length == 0 else s + surgery
+            # A sum or a copy, never a view that would keep both paths' memory through the feed-forward.
+            s = surgery.clone() if (index - 1) % self.stage_length == 0 else s + surgery
+            del attended, surgery
             h = m + block.ls_2(block.mlp(block.ln_2(m)))
             if index in self.layers:
                 if index < self.depth:
                     waiting = s
                 else:
-                    surgery_taps.append(self._project(s, h))
-                    original_taps.append(h)
+                    tap(s, h)
 
-        return DualPathFeatures(original_taps if with_original else [], surgery_taps)
+        return taps
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         visual = self.visual
@@ -145,10 +148,6 @@ class DualPathVisionTransformer(nn.Module):
         x = torch.cat([class_token, x], dim=1)
         positions = interpolate_positions(visual.positional_embedding, tuple(visual.grid_size), grid)
         return visual.ln_pre(x + positions.to(x.dtype))
-
-    def _project(self, surgery: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-        tokens = torch.cat([original[:, :1], surgery[:, 1:]], dim=1)
-        return self.visual.ln_post(tokens) @ self.visual.proj
 
 
 def interpolate_positions(
@@ -188,8 +187,8 @@ def _dual_attention(block: nn.Module, n: torch.Tensor, class_only: bool) -> tupl
         q = q[:, :, :1]
     attended = F.scaled_dot_product_attention(q, k, v)
     surgery = F.scaled_dot_product_attention(v, v, v)
-    both = torch.cat([attended, surgery], dim=2).transpose(1, 2).flatten(2)  # both paths in one out-projection
-    both = block.ls_1(attention.out_proj(both))
+    both = torch.cat([heads.transpose(1, 2).flatten(2) for heads in (attended, surgery)], dim=1)
+    both = block.ls_1(attention.out_proj(both))  # one out-projection for both paths
     return both.split([q.shape[2], length], dim=1)
 
 
