@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import open_clip
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -45,6 +45,7 @@ class ZeroShotMixin:
     model: "ClipAdSdpModel"
     class_name: str | None
     _fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
+    _limit_val_batches: float | None = None  # the trainer's, while validation is left out
     _restored: bool = False  # whether text vectors and thresholds came with a checkpoint
 
     @property
@@ -83,7 +84,10 @@ class ZeroShotMixin:
 
     def setup(self, stage: str) -> None:
         """Have the trainer skip unreadable images and name unusable checkpoints, while it runs this model."""
-        del stage
+        datamodule = self.trainer.datamodule
+        if stage == "validate" and isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
+            # anomalib validates zero-shot models first, also where there is nothing to validate on.
+            self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
         trainer, strategy = self.trainer, self.trainer.strategy
         process_dataloader, load_checkpoint = strategy.process_dataloader, strategy.load_checkpoint
 
@@ -102,6 +106,8 @@ class ZeroShotMixin:
     def teardown(self, stage: str) -> None:
         """Leave the trainer as it was, for the next model."""
         del stage
+        if self._limit_val_batches is not None:
+            self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
         for name in ("process_dataloader", "load_checkpoint"):
             self.trainer.strategy.__dict__.pop(name, None)
 

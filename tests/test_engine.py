@@ -131,6 +131,20 @@ def test_predict_needs_no_labels_and_no_checkpoint(small_clip: str, image_folder
     assert len(pictures) == 2
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_data_without_a_validation_part_are_scored_by_rule(
+    small_clip: str, category: Path, engine: Engine, labelled: bool
+) -> None:
+    arguments = {"name": "cup", "root": category, "num_workers": 0, "val_split_mode": "none", "normal_dir": "test/good"}
+    if labelled:
+        arguments |= {"normal_test_dir": "test/good", "abnormal_dir": "test/square"}
+    model = ClipAdSdp(backbone=small_clip)
+    batches = engine.predict(model, datamodule=Folder(**arguments))
+    assert model.model.score_min.isnan().all()
+    assert all(batch.pred_label.dtype == torch.bool for batch in batches)
+    assert engine.trainer.limit_val_batches == 1.0
+
+
 def test_predict_on_one_image(small_clip: str, image_folder: Path, engine: Engine) -> None:
     assert len(engine.predict(ClipAdSdp(backbone=small_clip, class_name="cup"), data_path=image_folder / "b.jpg")) == 1
 
