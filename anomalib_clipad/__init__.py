@@ -5,7 +5,7 @@ Names are imported when they are asked for: anomalib's import calls ours, see ``
 
 __version__ = "0.1.0"
 
-__all__ = ["ClipAdSdp", "InputError"]
+__all__ = ["ClipAdSdp", "ClipAdSdpPlus", "InputError"]
 
 
 def __getattr__(name: str) -> object:
@@ -14,6 +14,10 @@ def __getattr__(name: str) -> object:
         from anomalib_clipad.sdp import ClipAdSdp
 
         return ClipAdSdp
+    if name == "ClipAdSdpPlus":
+        from anomalib_clipad.sdp_plus import ClipAdSdpPlus
+
+        return ClipAdSdpPlus
     if name == "InputError":
         from anomalib_clipad.errors import InputError
 

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-MODELS = {"ClipAdSdp": "anomalib_clipad.sdp.lightning_model"}
+MODELS = {
+    "ClipAdSdp": "anomalib_clipad.sdp.lightning_model",
+    "ClipAdSdpPlus": "anomalib_clipad.sdp_plus.lightning_model",
+}
 
 
 def register_models(anomalib_models: ModuleType) -> None:

@@ -40,17 +40,21 @@ class AP(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAveragePrecision):
     """
 
 
-def paper_evaluator() -> Evaluator:
+def paper_evaluator(validate: bool = False) -> Evaluator:
     """Evaluator with the paper's metrics and anomalib's F1 of the thresholded prediction.
 
     Image level: AUROC, F1Max, AP. Pixel level, where there are masks: AUROC, F1Max, AP, AUPRO up to 30 % false
     positives.
+
+    Args:
+        validate: Whether to measure AUROC and AP of pixels on validation data too, to choose a checkpoint by.
 
     Example:
         >>> [metric.name for metric in paper_evaluator().test_metrics][:4]
         ['image_AUROC', 'image_F1Max', 'image_AP', 'image_F1Score']
     """
     return Evaluator(
+        val_metrics=[kind(fields=PIXEL_FIELDS, prefix="pixel_") for kind in (AUROC, AP)] if validate else None,
         test_metrics=[
             *(kind(fields=IMAGE_FIELDS, prefix="image_", strict=False) for kind in (AUROC, F1Max, AP)),
             F1Score(fields=("pred_label", "gt_label"), prefix="image_", strict=False),

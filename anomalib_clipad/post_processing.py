@@ -6,9 +6,10 @@ import torch
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics.aggregation import CatMetric
 
-from anomalib_clipad.components.scores import Scores, squash
+from anomalib_clipad.components.scores import MapScale, Scores
 
 
 class ClipAdPostProcessor(PostProcessor):
@@ -16,10 +17,10 @@ class ClipAdPostProcessor(PostProcessor):
 
     With labelled validation data: both scores are min-max normalised over it, added and halved (the paper's image
     score), and the thresholds of labels and masks are those of the best F1. Without: labels and masks follow the
-    model's fixed rules, and the map is brought into (0, 1) by :func:`squash`.
+    model's fixed rules, and the map is brought into (0, 1) by the model's scale.
 
     Args:
-        stages: Number of taps that the model sums.
+        map_scale: The model's, which brings its maps into (0, 1).
         enable_normalization: Bring scores and maps into [0, 1].
         enable_thresholding: Give labels and masks.
         image_sensitivity: Above 0.5 more images are called anomalous, below fewer.
@@ -27,13 +28,13 @@ class ClipAdPostProcessor(PostProcessor):
 
     Example:
         >>> raw = InferenceBatch(torch.tensor([0.6]), torch.tensor([True]), torch.zeros(1, 4, 4), None)
-        >>> ClipAdPostProcessor()(raw).anomaly_map.unique()
+        >>> ClipAdPostProcessor(MapScale(centre=0.0, slope=50.0))(raw).anomaly_map.unique()
         tensor([0.5000])
     """
 
     def __init__(
         self,
-        stages: int = 4,
+        map_scale: MapScale,
         enable_normalization: bool = True,
         enable_thresholding: bool = True,
         image_sensitivity: float = 0.5,
@@ -46,7 +47,7 @@ class ClipAdPostProcessor(PostProcessor):
             image_sensitivity=image_sensitivity,
             pixel_sensitivity=pixel_sensitivity,
         )
-        self.stages = stages
+        self.map_scale = map_scale
         self._text_scores, self._map_scores, self._labels = CatMetric(), CatMetric(), CatMetric()
 
     def on_validation_batch_end(
@@ -58,9 +59,9 @@ class ClipAdPostProcessor(PostProcessor):
         **kwargs: object,
     ) -> None:
         """Collect the scores of a labelled batch; they can be normalised only when all are known."""
-        del trainer, pl_module, args, kwargs
-        if outputs.gt_label is None:
-            return
+        del pl_module, args, kwargs
+        if outputs.gt_label is None or trainer.state.fn == TrainerFn.FITTING:
+            return  # nothing to learn a threshold from, or not the data that thresholds are for
         self._text_scores.update(outputs.text_score)
         self._map_scores.update(outputs.map_score)
         self._labels.update(outputs.gt_label)
@@ -115,7 +116,7 @@ class ClipAdPostProcessor(PostProcessor):
             score = score.clamp(0, 1)
             anomaly_map = torch.where(
                 self.pixel_threshold.isnan(),
-                squash(anomaly_map, self.stages),
+                self.map_scale.squash(anomaly_map),
                 self._normalize(anomaly_map, self.pixel_min, self.pixel_max, self.pixel_threshold),
             )
         return InferenceBatch(score, label, anomaly_map, mask)

@@ -16,10 +16,12 @@ from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_clipad.components import PromptEnsemble
+from anomalib_clipad.components import DualPathFeatures, PromptEnsemble, fingerprint
 from anomalib_clipad.data import ReadableDataLoader
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.metrics import paper_evaluator
@@ -73,9 +75,27 @@ class ZeroShotMixin:
         resize = Resize(image_size or (240, 240), interpolation=InterpolationMode.BICUBIC, antialias=True)
         return PreProcessor(transform=Compose([resize, Normalize(mean=mean, std=std)]))
 
-    def configure_post_processor(self) -> ClipAdPostProcessor:
-        """Post-processor that knows the image score is made of two."""
-        return ClipAdPostProcessor()
+    @classmethod
+    def components_for(
+        cls,
+        model: "ClipAdSdpModel",
+        pre_processor: nn.Module | bool,
+        post_processor: nn.Module | bool,
+    ) -> tuple[nn.Module | bool, nn.Module | bool]:
+        """Pre- and post-processor that belong to a network, where the user asks for the default."""
+        if pre_processor is True:
+            pre_processor = cls.configure_pre_processor(model.image_size, model.mean, model.std)
+        if post_processor is True:
+            post_processor = ClipAdPostProcessor(model.map_scale)
+        return pre_processor, post_processor
+
+    def adopt(self, model: "ClipAdSdpModel", class_name: str | None) -> None:
+        """Take over the network, and the class name as the user gave it."""
+        self.model = model
+        self.class_name = class_name
+        if class_name is not None:
+            model.prompts.prompts(class_name)  # an empty name is told now
+        self._fingerprint = fingerprint(model.visual)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
@@ -157,8 +177,7 @@ class ZeroShotMixin:
 
     def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Score a batch; the post-processor collects the scores."""
-        del args, kwargs
-        return self._score(batch)
+        return self.test_step(batch, *args, **kwargs)
 
     def test_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Score a batch, and keep the model's own scores on it for the metrics."""
@@ -173,14 +192,22 @@ class ZeroShotMixin:
         return self._score(batch)
 
     def _score(self, batch: Batch) -> Batch:
-        class_index = getattr(batch, "class_index", None)
-        scores = self.model.scores(batch.image, class_index)
+        class_index, features = getattr(batch, "class_index", None), self.features(batch)
+        if features is None:
+            scores = self.model.scores(batch.image, class_index)
+        else:
+            scores = self.model.scores_of(features, class_index)
         if not scores.text_score.isfinite().all():
             bad = (~scores.text_score.isfinite()).nonzero()[:, 0].tolist()
             names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
             logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
         batch.text_score, batch.map_score = scores.text_score, scores.map_score
         return batch.update(**self.model.predictions(scores)._asdict())
+
+    def features(self, batch: Batch) -> DualPathFeatures | None:
+        """Taps that came with a batch instead of its images, see :class:`anomalib_clipad.data.AuxiliaryDataModule`."""
+        features = getattr(batch, "features", None)
+        return features and DualPathFeatures(*([tokens.to(self.device) for tokens in taps] for taps in features))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is not CLIP, and the name of the CLIP it belongs to."""
@@ -191,7 +218,8 @@ class ZeroShotMixin:
         prompts = checkpoint["hyper_parameters"].get("prompts")
         if isinstance(prompts, PromptEnsemble):
             checkpoint["hyper_parameters"]["prompts"] = asdict(prompts)
-        checkpoint[IDENTITY] = {**self._identity(), "class_names": list(self.model.class_names)}
+        fitted = self.trainer.state.fn == TrainerFn.FITTING
+        checkpoint[IDENTITY] = {**self._identity(), "class_names": list(self.model.class_names), "fitted": fitted}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over text vectors, score ranges and thresholds, if they were made with this CLIP.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anomalib.data import Folder
 
 import anomalib_clipad
 
@@ -16,16 +17,26 @@ MODULES = sorted(
     for info in pkgutil.walk_packages(anomalib_clipad.__path__, "anomalib_clipad.")
     if "autoload" not in info.name
 )
-PACKAGES = ("anomalib_clipad", "anomalib_clipad.components", "anomalib_clipad.data", "anomalib_clipad.sdp")
+PACKAGES = (
+    "anomalib_clipad",
+    "anomalib_clipad.components",
+    "anomalib_clipad.data",
+    "anomalib_clipad.sdp",
+    "anomalib_clipad.sdp_plus",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_run(name: str, small_clip: str, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(
+    name: str, small_clip: str, image_folder: Path, category: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(image_folder.parent)
+    folders = {"normal_dir": "test/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square"}
+    widgets = Folder("widget", root=category, mask_dir="ground_truth/square", **folders)
     torch.manual_seed(0)
     failed, _ = doctest.testmod(
         importlib.import_module(name),
-        extraglobs={"small_clip": small_clip, "image_folder": image_folder},
+        extraglobs={"small_clip": small_clip, "image_folder": image_folder, "widgets": widgets},
         optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
     )
     assert not failed

@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from anomalib_clipad.components import GaussianSmoothing, feature_surgery, squash
+from anomalib_clipad.components import GaussianSmoothing, MapScale, feature_surgery
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
 
@@ -133,11 +133,11 @@ def test_image_score_with_ranges_is_the_papers(parity: Parity, parity_clip: open
 
 def test_squashing_never_saturates() -> None:
     values = torch.linspace(-4, 4, 8001)
-    squashed = squash(values, stages=4)
+    squashed = MapScale(0.0, 50.0).squash(values)
     assert (squashed.diff() > 0).all()
     assert squashed.min() > 0
     assert squashed.max() < 1
-    assert squash(torch.zeros(1), stages=4).item() == 0.5
+    assert MapScale(0.0, 50.0).squash(torch.zeros(1)).item() == 0.5
 
 
 def test_an_image_that_is_not_a_number_spoils_no_other_and_counts_as_anomalous(

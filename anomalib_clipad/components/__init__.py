@@ -4,7 +4,7 @@ from anomalib_clipad.components.backbone import Backbone, fingerprint, load_back
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.representative_vector import select_representative_vector
-from anomalib_clipad.components.scores import Scores, squash, text_score
+from anomalib_clipad.components.scores import MapScale, Scores, text_score
 from anomalib_clipad.components.smoothing import GaussianSmoothing
 from anomalib_clipad.components.surgery import feature_surgery
 from anomalib_clipad.components.text_encoder import TextEncoder
@@ -14,6 +14,7 @@ __all__ = [
     "DualPathFeatures",
     "DualPathVisionTransformer",
     "GaussianSmoothing",
+    "MapScale",
     "PromptEnsemble",
     "Scores",
     "TextEncoder",
@@ -21,6 +22,5 @@ __all__ = [
     "fingerprint",
     "load_backbone",
     "select_representative_vector",
-    "squash",
     "text_score",
 ]

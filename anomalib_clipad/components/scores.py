@@ -46,19 +46,25 @@ def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tenso
     return logits.softmax(dim=-1)[:, 1]
 
 
-def squash(scores: torch.Tensor, stages: int) -> torch.Tensor:
-    """Bring map values into (0, 1), 0 to 0.5, strictly increasing in float32 over all values that can occur.
+class MapScale(NamedTuple):
+    """Where a model's map balances between normal and anomalous, and how fast it leaves that point.
 
-    Twice a value over the number of stages is the mean margin of the anomalous over the normal cosine; at CLIP's
-    temperature that is a logit, and ``x / (1 + |x|)`` flattens late where a sigmoid would be 1 already.
-
-    Args:
-        scores: Map values, any shape.
-        stages: Number of taps that were summed.
+    Attributes:
+        centre: Map value at which neither prevails.
+        slope: Logits a unit of the map is worth.
 
     Example:
-        >>> squash(torch.tensor([-4.0, 0.0, 0.02, 4.0]), stages=4)
+        >>> MapScale(centre=0.0, slope=50.0).squash(torch.tensor([-4.0, 0.0, 0.02, 4.0]))
         tensor([0.0025, 0.5000, 0.7500, 0.9975])
     """
-    logits = LOGIT_SCALE * 2 / stages * scores
-    return 0.5 + 0.5 * logits / (1 + logits.abs())
+
+    centre: float
+    slope: float
+
+    def squash(self, values: torch.Tensor) -> torch.Tensor:
+        """Bring map values into (0, 1), the centre to 0.5, strictly increasing in float32 over all that can occur.
+
+        ``x / (1 + |x|)`` flattens late, where a sigmoid of these logits would be 1 already.
+        """
+        logits = self.slope * (values - self.centre)
+        return 0.5 + 0.5 * logits / (1 + logits.abs())

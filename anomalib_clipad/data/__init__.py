@@ -1,5 +1,6 @@
-"""Data as they come from a factory floor."""
+"""Data as they come from a factory floor, and data to train SDP+ on."""
 
+from anomalib_clipad.data.auxiliary import AuxiliaryDataModule
 from anomalib_clipad.data.readable import ReadableDataLoader
 
-__all__ = ["ReadableDataLoader"]
+__all__ = ["AuxiliaryDataModule", "ReadableDataLoader"]

@@ -7,7 +7,6 @@ from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from torch import nn
 
-from anomalib_clipad.components import fingerprint
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
 from anomalib_clipad.zero_shot import ZeroShotMixin
 
@@ -75,11 +74,5 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):
             image_size=image_size,
             sigma=sigma,
         )
-        if pre_processor is True:
-            pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        self.model = model
-        self.class_name = class_name
-        if class_name is not None:
-            model.prompts.prompts(class_name)  # an empty name is told now
-        self._fingerprint = fingerprint(model.visual)
+        super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
+        self.adopt(model, class_name)

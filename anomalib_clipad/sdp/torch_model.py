@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from anomalib_clipad.components import (
     Backbone,
+    DualPathFeatures,
     DualPathVisionTransformer,
     GaussianSmoothing,
     PromptEnsemble,
@@ -21,7 +22,7 @@ from anomalib_clipad.components import (
     load_backbone,
 )
 from anomalib_clipad.components.representative_vector import check_rvs
-from anomalib_clipad.components.scores import Scores, squash, text_score
+from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Scores, text_score
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.errors import InputError
 
@@ -60,6 +61,7 @@ class ClipAdSdpModel(nn.Module):
     text_features: torch.Tensor
     score_min: torch.Tensor
     score_max: torch.Tensor
+    with_original = False  # whether the original path's taps are needed
 
     def __init__(
         self,
@@ -97,6 +99,11 @@ class ClipAdSdpModel(nn.Module):
         if class_names:
             self.set_classes(class_names)
 
+    @property
+    def map_scale(self) -> MapScale:
+        """Twice a map value over the stages is a mean margin of cosines, a logit at CLIP's temperature."""
+        return MapScale(centre=0.0, slope=LOGIT_SCALE * 2 / len(self.visual.layers))
+
     def set_classes(self, class_names: Sequence[str]) -> None:
         """Encode the prompts of these classes; forgets score ranges measured on others.
 
@@ -114,6 +121,12 @@ class ClipAdSdpModel(nn.Module):
         self.class_names = tuple(class_names)
         self.set_score_range(torch.full((2,), float("nan")), torch.full((2,), float("nan")))
 
+    def forget_classes(self) -> None:
+        """Have no class and no score ranges, as at the beginning."""
+        self.class_names = ()
+        self.text_features = self.text_features[:0]
+        self.set_score_range(torch.full((2,), float("nan")), torch.full((2,), float("nan")))
+
     def set_score_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
         """Range of the (text, map) scores on a data set, by which :meth:`forward` min-max normalises them."""
         self.score_min.copy_(minimum)
@@ -129,7 +142,7 @@ class ClipAdSdpModel(nn.Module):
         """Score images.
 
         With score ranges known (:meth:`set_score_range`) the image score is the paper's: text and map score, each
-        min-max normalised, added and halved. Without, the map score is brought into (0, 1) by :func:`squash` first,
+        min-max normalised, added and halved. Without, the map score is brought into (0, 1) by :attr:`map_scale` first,
         and the labels follow fixed rules: anomalous if the text score, or for a pixel the map, says so rather than not.
 
         Args:
@@ -151,7 +164,7 @@ class ClipAdSdpModel(nn.Module):
             pred_score=self.image_score(scores),
             pred_label=~(scores.text_score <= 0.5),
             anomaly_map=scores.anomaly_map,
-            pred_mask=~(scores.anomaly_map <= 0),
+            pred_mask=~(scores.anomaly_map <= self.map_scale.centre),
         )
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
@@ -159,15 +172,24 @@ class ClipAdSdpModel(nn.Module):
         if images.shape[-2:] != self.image_size:
             msg = f"The model takes images of {self.image_size} pixels, got {tuple(images.shape[-2:])}; resize them."
             raise InputError(msg)
-        text_features = self._text_features(class_index)
         with torch.no_grad():
-            surgery = self.visual(images, with_original=False).surgery
-        with torch.autocast(images.device.type, enabled=False):
-            anomaly_map = self.smoothing(self.similarity_map(surgery, text_features))
-            return Scores(anomaly_map, text_score(surgery[-1], text_features), anomaly_map.amax(dim=(-2, -1)))
+            features = self.visual(images, with_original=self.with_original)
+        return self.scores_of(features, class_index)
+
+    def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
+        """The map and the two scores of taps computed before; in float32, whatever the tower's precision."""
+        text_features = self.select_text_features(class_index)
+        with torch.autocast(text_features.device.type, enabled=False):
+            anomaly_map = self.smoothing(self.map_before_smoothing(features, text_features))
+            text = text_score(features.surgery[-1], text_features)
+            return Scores(anomaly_map, text, anomaly_map.amax(dim=(-2, -1)))
+
+    def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
+        """The map of a batch before smoothing, (B, H, W)."""
+        return self.similarity_map(features.surgery, text_features)
 
     def similarity_map(self, surgery: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
-        """The map before smoothing: (B, H, W), anomalous score of the patches, resized bilinearly."""
+        """Anomalous score of the patches after surgery, resized bilinearly: (B, H, W)."""
         patches = feature_surgery(surgery, text_features)[:, 1:, 1]
         patches = patches.reshape(-1, 1, *self.grid)
         return F.interpolate(patches, size=self.image_size, mode="bilinear", align_corners=False)[:, 0]
@@ -177,10 +199,15 @@ class ClipAdSdpModel(nn.Module):
         both = torch.stack([scores.text_score, scores.map_score], dim=-1)
         extent = self.score_max - self.score_min
         normalised = (both - self.score_min) / torch.where(extent > 0, extent, 1.0)
-        by_rule = torch.stack([scores.text_score, squash(scores.map_score, len(self.visual.layers))], dim=-1)
+        by_rule = torch.stack([scores.text_score, self.map_scale.squash(scores.map_score)], dim=-1)
         return torch.where(self.score_min.isnan(), by_rule, normalised).mean(dim=-1)
 
-    def _text_features(self, class_index: torch.Tensor | None) -> torch.Tensor:
+    def select_text_features(self, class_index: torch.Tensor | None = None) -> torch.Tensor:
+        """Text vectors of a batch: (B, 2, D) by class, or (2, D) of the first class for all images.
+
+        Raises:
+            InputError: If no class is set.
+        """
         if not len(self.text_features):
             msg = "No class is set, so there is nothing to compare the images with; call set_classes(['...']) first."
             raise InputError(msg)

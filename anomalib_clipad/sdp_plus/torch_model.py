@@ -1,0 +1,69 @@
+"""SDP+ in plain PyTorch: SDP and one linear layer a tap, trained once on another data set.
+
+CLIP-AD (arXiv 2311.00453), section 3.4.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from anomalib_clipad.components import DualPathFeatures
+from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale
+from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
+
+
+class ClipAdSdpPlusModel(ClipAdSdpModel):
+    """SDP+: SDP's map and, added to it, maps of linear layers on the original path's patch tokens.
+
+    Takes the arguments of :class:`anomalib_clipad.sdp.ClipAdSdpModel`. The layers, called adapter, start at random; see
+    :mod:`anomalib_clipad.sdp_plus.adapter` for loading and saving them.
+
+    Example:
+        >>> import open_clip
+        >>> vision = {"image_size": 32, "layers": 4, "width": 16, "head_width": 8, "patch_size": 8}
+        >>> text = {"width": 8, "heads": 1, "layers": 1}
+        >>> clip = open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text)
+        >>> model = ClipAdSdpPlusModel(clip=clip, class_names=["bottle"], rvs="mean")
+        >>> model(torch.rand(2, 3, 32, 32)).anomaly_map.shape
+        torch.Size([2, 32, 32])
+        >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        816
+    """
+
+    with_original = True
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapter = nn.ModuleList(nn.Linear(self.visual.width, self.visual.embed_dim) for _ in self.visual.layers)
+
+    @property
+    def map_scale(self) -> MapScale:
+        """The layers add a probability a stage, balanced at one half; a certain one is worth four logits."""
+        stages = len(self.visual.layers)
+        return MapScale(centre=stages / 2, slope=8 / stages)
+
+    def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
+        """SDP's map plus the layers' anomalous probabilities, (B, H, W)."""
+        probabilities = self.linear_probabilities(features.original, text_features)
+        return super().map_before_smoothing(features, text_features) + sum(p[:, 1] for p in probabilities)
+
+    def linear_probabilities(self, original: list[torch.Tensor], text_features: torch.Tensor) -> list[torch.Tensor]:
+        """What each layer thinks of every pixel.
+
+        Args:
+            original: Taps of the original path, (B, N + 1, W) each, class token first.
+            text_features: (2, D) or (B, 2, D) unit vectors.
+
+        Returns:
+            One (B, 2, H, W) tensor a tap, normal and anomalous probability of each pixel, in float32.
+        """
+        text = text_features.float().expand(original[0].shape[0], -1, -1)
+        probabilities = []
+        for layer, tokens in zip(self.adapter, original, strict=True):
+            patches = F.linear(tokens[:, 1:].float(), layer.weight.float(), layer.bias.float())  # (B, N, D)
+            logits = LOGIT_SCALE * F.normalize(patches, dim=-1) @ text.transpose(1, 2)  # (B, N, 2)
+            logits = logits.transpose(1, 2).unflatten(2, self.grid)
+            # Corners are aligned here, unlike in SDP's map, as the authors have it.
+            logits = F.interpolate(logits, size=self.image_size, mode="bilinear", align_corners=True)
+            probabilities.append(logits.softmax(dim=1))
+        return probabilities
