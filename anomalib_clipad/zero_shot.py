@@ -204,6 +204,21 @@ class ZeroShotMixin:
         batch.text_score, batch.map_score = scores.text_score, scores.map_score
         return batch.update(**self.model.predictions(scores)._asdict())
 
+    def calibrate(self) -> None:
+        """Set score ranges and thresholds from validation data, as anomalib does where there is no checkpoint."""
+        data, trainer = self.trainer.datamodule, self.trainer
+        if not isinstance(self.post_processor, ClipAdPostProcessor) or not hasattr(data, "val_data"):
+            return
+        logger.info("Setting thresholds from %d validation images.", len(data.val_data))
+        loader = trainer.strategy.process_dataloader(data.val_dataloader())
+        for number, batch in enumerate(loader):
+            batch = trainer.strategy.batch_to_device(batch)
+            if self.pre_processor:
+                self.pre_processor.on_validation_batch_start(trainer, self, batch, number)
+            with trainer.precision_plugin.val_step_context():
+                self.post_processor.on_validation_batch_end(trainer, self, self.validation_step(batch))
+        self.post_processor.on_validation_epoch_end(trainer, self)
+
     def features(self, batch: Batch) -> DualPathFeatures | None:
         """Taps that came with a batch instead of its images, see :class:`anomalib_clipad.data.AuxiliaryDataModule`."""
         features = getattr(batch, "features", None)

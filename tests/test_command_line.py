@@ -1,5 +1,6 @@
 """The stock ``anomalib`` command, in a process of its own, as a user types it."""
 
+import json
 import os
 import re
 import subprocess
@@ -138,10 +139,61 @@ def test_every_config_parses(config: Path) -> None:
     cli.parser = cli.init_parser()
     cli.subcommand_parsers, cli.subcommand_method_arguments = {}, {}
     cli.add_subcommands()
-    parsed = cli.parser.parse_args(["test", "--config", str(config)])
-    assert parsed.test.model.class_path.endswith("ClipAdSdp")
-    assert parsed.test.data.class_path
+    subcommand = "fit" if "train" in config.stem else "test"
+    parsed = cli.parser.parse_args([subcommand, "--config", str(config)])[subcommand]
+    assert parsed.model.class_path.split(".")[-1] == ("ClipAdSdpPlus" if "plus" in config.stem else "ClipAdSdp")
+    assert parsed.data.class_path
 
 
 def test_there_are_configs() -> None:
-    assert {"sdp_mvtec", "sdp_visa", "sdp_folder"} <= {path.stem for path in CONFIGS}
+    assert {"sdp_mvtec", "sdp_visa", "sdp_folder", "sdp_plus_train_visa", "sdp_plus_train_mvtec"} <= {
+        path.stem for path in CONFIGS
+    }
+
+
+def test_sdp_plus_is_trained_tested_and_used(
+    small_clip: str, category: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """Fit from a file, resume, test from the checkpoint and from the layers, predict."""
+    for name in ("gear", "plate"):
+        write_category(tmp_path / "mvtec" / name)
+    config = {
+        "model": {"class_path": "ClipAdSdpPlus", "init_args": {"backbone": small_clip}},
+        "data": {
+            "class_path": "anomalib_clipad.data.AuxiliaryDataModule",
+            "init_args": {
+                "datamodules": [{"class_path": "MVTecAD", "init_args": {"root": str(tmp_path / "mvtec")}}],
+                "num_workers": 0,
+                "train_batch_size": 4,
+            },
+        },
+        "trainer": {"max_epochs": 1},
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    done = run("fit", "--config", "train.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    best = next((tmp_path / "results").rglob("model.ckpt"))
+    last = best.with_name("last.ckpt")
+    done = run("fit", "--config", "train.yaml", "--trainer.max_epochs", "2", "--ckpt_path", last, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    model = ["--model", "ClipAdSdpPlus", "--model.backbone", small_clip]
+    figures = []
+    for way in (["--ckpt_path", best], ["--model.adapter", best]):
+        done = run("test", *model, *way, *folder_arguments(category), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        figures.append(re.findall(r"(\w+_\w+)\s*│\s*([01]\.\d{5})", done.stdout))
+    assert len(figures[0]) == 9
+    assert figures[0] == figures[1]
+    done = run(
+        "predict", *model, "--model.adapter", best, "--model.class_name", "cup", "--data", image_folder, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "results/ClipAdSdpPlus").rglob("a.png"))) == 1
+
+    missing = [*model, "--data", "anomalib_clipad.data.AuxiliaryDataModule", "--data.categories", "[gear, valve]"]
+    source = json.dumps([{"class_path": "MVTecAD", "init_args": {"root": str(tmp_path / "mvtec")}}])
+    done = run("fit", *missing, "--data.datamodules", source, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "There is no folder of the categories valve in" in done.stderr
+    assert "found gear, plate" in done.stderr

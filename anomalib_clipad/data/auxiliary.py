@@ -103,7 +103,7 @@ class AuxiliaryDataModule(AnomalibDataModule):
         >>> data = AuxiliaryDataModule(widgets, num_workers=0, val_split_ratio=0.3)
         >>> data.setup()
         >>> data.class_names, len(data.train_data), len(data.val_data)
-        (['widget'], 8, 3)
+        (['widget'], 7, 4)
     """
 
     def __init__(

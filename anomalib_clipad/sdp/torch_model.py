@@ -84,7 +84,7 @@ class ClipAdSdpModel(nn.Module):
         else:
             loaded = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
         self.mean, self.std = loaded.mean, loaded.std
-        self.visual = DualPathVisionTransformer(loaded.clip.visual, layers).requires_grad_(requires_grad=False)
+        self.visual = DualPathVisionTransformer(loaded.clip.visual, layers).eval().requires_grad_(requires_grad=False)
         self.text_encoder = TextEncoder(loaded.clip, loaded.tokenizer)
         self.image_size = _pair(image_size) if image_size else self.visual.image_size
         self.grid = self.visual.grid(self.image_size)

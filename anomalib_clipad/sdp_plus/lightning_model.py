@@ -68,7 +68,7 @@ class ClipAdSdpPlus(ZeroShotMixin, AnomalibModule):
         >>> from anomalib.engine import Engine
         >>> from anomalib_clipad.data import AuxiliaryDataModule
         >>> model = ClipAdSdpPlus(backbone=small_clip)
-        >>> engine = Engine(max_epochs=1, logger=False, enable_progress_bar=False)
+        >>> engine = Engine(max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
         >>> engine.fit(model, datamodule=AuxiliaryDataModule(widgets, num_workers=0))
         >>> model.save_adapter("adapter.safetensors")
         >>> ClipAdSdpPlus(adapter="adapter.safetensors", backbone=small_clip).trained_on
@@ -76,6 +76,7 @@ class ClipAdSdpPlus(ZeroShotMixin, AnomalibModule):
     """
 
     model: ClipAdSdpPlusModel
+    _uncalibrated: bool = False  # whether the layers came with a checkpoint that holds no thresholds
 
     def __init__(
         self,
@@ -196,6 +197,10 @@ class ClipAdSdpPlus(ZeroShotMixin, AnomalibModule):
             return
         self._check_trained()
         super().prepare_classes()
+        if self._uncalibrated:
+            # anomalib takes a checkpoint's thresholds for granted, but a training run has none for these data.
+            self._uncalibrated = False
+            self.calibrate()
         if seen := sorted(set(self.model.class_names) & set(self.trained_on)):
             logger.warning(
                 "The layers were trained on %s: what they score there is not a zero-shot result.", ", ".join(seen)
@@ -221,7 +226,7 @@ class ClipAdSdpPlus(ZeroShotMixin, AnomalibModule):
         self.trained = True
         self.trained_on = list(checkpoint[IDENTITY]["trained_on"])
         if checkpoint[IDENTITY]["fitted"]:
-            self._restored = False
+            self._restored, self._uncalibrated = False, True
             state = checkpoint["state_dict"]
             self.model.forget_classes()
             state["model.text_features"] = self.model.text_features
