@@ -25,13 +25,16 @@ from torch.nn import functional as F
 import anomalib_clipad
 from anomalib_clipad.components import DualPathVisionTransformer, PromptEnsemble, TextEncoder, load_backbone
 from anomalib_clipad.sdp import ClipAdSdpModel
+from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel
 
 LIMITS = {
     "dual path / encode_image": 1.2,
     "SDP / encode_image": 1.2,
+    "SDP+ / encode_image": 1.25,
     "WinCLIP / SDP": 10.0,
     "77 tokens / cut": 6.0,
     "memory of SDP / encode_image": 1.3,
+    "memory of SDP+ training / testing": 1.3,
     "start of Python, added": 1.0,
 }
 
@@ -51,26 +54,37 @@ def median_ratio(first: Callable[[], object], second: Callable[[], object], pair
     return a, b, statistics.median(x / y for x, y in times)
 
 
-def peak_memory(backbone: str, batch_size: int, ours: bool) -> float:
+def peak_memory(backbone: str, batch_size: int, work: str) -> float:
     """MiB that one forward adds, at its peak, to a fresh process; weights are not counted."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once, so the peak is the code's own
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_forward_memory, (backbone, batch_size, ours))
+        return pool.apply(_work_memory, (backbone, batch_size, work))
 
 
-def _forward_memory(backbone: str, batch_size: int, ours: bool) -> float:
+def _work_memory(backbone: str, batch_size: int, work: str) -> float:
     logging.disable(logging.WARNING)
     clip = load_backbone(backbone, None).clip
     side = clip.visual.image_size[0]
-    model = ClipAdSdpModel(clip=clip)
-    model.text_features = F.normalize(torch.randn(1, 2, model.visual.embed_dim), dim=-1)
+    sdp, plus = ClipAdSdpModel(clip=clip), ClipAdSdpPlusModel(clip=clip)
+    for model in (sdp, plus):
+        model.text_features = F.normalize(torch.randn(1, 2, model.visual.embed_dim), dim=-1)
     images = torch.randn(batch_size, 3, side, side)
-    with torch.inference_mode():
-        clip.encode_image(images[:1])  # libraries set up their buffers at the first call
-        model(images[:1])
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = _status("VmRSS")
-        (model if ours else clip.encode_image)(images)
+    masks = (torch.rand(batch_size, side, side) > 0.9).float()
+
+    def without_gradient(call: Callable[[torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
+        return torch.inference_mode()(call)
+
+    calls = {
+        "encode_image": without_gradient(clip.encode_image),
+        "SDP": without_gradient(sdp),
+        "SDP+": without_gradient(plus),
+        "SDP+ training": lambda images: sum(plus.loss(plus.visual(images).original, masks[: len(images)])).backward(),
+    }
+    for call in calls.values():
+        call(images[:1])  # libraries set up their buffers at the first call
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    calls[work](images)
     return _status("VmHWM") - before
 
 
@@ -117,7 +131,8 @@ def main() -> None:
     side = clip.visual.image_size[0]
     tower = DualPathVisionTransformer(clip.visual)
     model = ClipAdSdpModel(clip=clip)
-    model.text_features = F.normalize(torch.randn(1, 2, tower.embed_dim), dim=-1)
+    plus = ClipAdSdpPlusModel(clip=clip)
+    model.text_features = plus.text_features = F.normalize(torch.randn(1, 2, tower.embed_dim), dim=-1)
 
     with torch.inference_mode():
         for batch_size in arguments.batch_sizes:
@@ -127,7 +142,7 @@ def main() -> None:
             def plain(images: torch.Tensor = images) -> torch.Tensor:
                 return clip.encode_image(images)
 
-            for name, ours in (("dual path", tower), ("SDP", model)):
+            for name, ours in (("dual path", tower), ("SDP", model), ("SDP+", plus)):
                 own, base, ratio = median_ratio(lambda ours=ours, images=images: ours(images), plain, pairs)
                 row(f"{name} / encode_image", f"batch {batch_size}: {own:.2f} s, {base:.2f} s", ratio)
 
@@ -153,9 +168,12 @@ def main() -> None:
         )
 
     for batch_size in arguments.batch_sizes:
-        ours, plain = (peak_memory(arguments.backbone, batch_size, flag) for flag in (True, False))
+        ours, plain = (peak_memory(arguments.backbone, batch_size, work) for work in ("SDP", "encode_image"))
         detail = f"batch {batch_size}: {ours:.0f} MiB, {plain:.0f} MiB"
         row("memory of SDP / encode_image", detail, ours / max(plain, 1.0))
+
+    train, test = (peak_memory(arguments.backbone, 8, work) for work in ("SDP+ training", "SDP+"))
+    row("memory of SDP+ training / testing", f"batch 8: {train:.0f} MiB, {test:.0f} MiB", train / test)
 
     row("start of Python, added", "median of 101 runs of its line", startup(101), unit="ms")
 

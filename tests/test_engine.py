@@ -231,6 +231,8 @@ def test_checkpoint_of_other_weights_is_refused(small_clip: str, category: Path,
     other = str(save_clip(tmp_path / "other", seed=5))
     with pytest.raises(InputError, match="does not fit this model: backbone was .*; weights was '.*', here it is"):
         ClipAdSdp.load_from_checkpoint(checkpoint(engine), backbone=other)
+    moved = ClipAdSdp.load_from_checkpoint(checkpoint(engine), backbone=str(save_clip(tmp_path / "moved")))
+    assert moved.model.class_names == ("widget",)
     with pytest.raises(InputError, match=r"layers was \[1, 2, 3, 4\], here it is \[2, 4\]"):
         new_engine(tmp_path / "b").test(
             ClipAdSdp(backbone=small_clip, layers=[2, 4]), datamodule=folder(category), ckpt_path=checkpoint(engine)

@@ -22,7 +22,6 @@ from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.metrics import paper_evaluator
 from anomalib_clipad.sdp_plus.adapter import load_adapter, save_adapter
-from anomalib_clipad.sdp_plus.loss import dice_loss, focal_loss
 from anomalib_clipad.sdp_plus.torch_model import ClipAdSdpPlusModel
 from anomalib_clipad.zero_shot import IDENTITY, ZeroShotMixin
 
@@ -180,15 +179,10 @@ class ClipAdSdpPlus(ZeroShotMixin, AnomalibModule):
         if features is None:
             with torch.no_grad():
                 features = self.model.visual(batch.image)
-        masks = batch.gt_mask.float()
-        with torch.autocast(self.device.type, enabled=False):
-            text_features = self.model.select_text_features(batch.class_index.to(self.device))
-            probabilities = self.model.linear_probabilities(features.original, text_features)
-            focal = sum(focal_loss(p, masks) for p in probabilities)
-            dice = sum(dice_loss(p[:, 1], masks) for p in probabilities)
+        focal, dice = self.model.loss(features.original, batch.gt_mask, batch.class_index.to(self.device))
         loss = focal + dice
         parts = {"train_loss": loss, "train_focal": focal, "train_dice": dice}
-        self.log_dict(parts, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(masks))
+        self.log_dict(parts, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(batch.gt_mask))
         return loss
 
     def prepare_classes(self) -> None:

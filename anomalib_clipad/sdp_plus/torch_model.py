@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from anomalib_clipad.components import DualPathFeatures
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
+from anomalib_clipad.sdp_plus.loss import dice_loss, focal_loss
 
 
 class ClipAdSdpPlusModel(ClipAdSdpModel):
@@ -46,6 +47,25 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         """SDP's map plus the layers' anomalous probabilities, (B, H, W)."""
         probabilities = self.linear_probabilities(features.original, text_features)
         return super().map_before_smoothing(features, text_features) + sum(p[:, 1] for p in probabilities)
+
+    def loss(
+        self,
+        original: list[torch.Tensor],
+        masks: torch.Tensor,
+        class_index: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Focal and Dice loss, each summed over the taps; what is to be minimised is their sum.
+
+        Args:
+            original: Taps of the original path, (B, N + 1, W) each.
+            masks: (B, H, W), 1 or True where anomalous.
+            class_index: (B,) index into ``class_names``; the first class for all by default.
+        """
+        with torch.autocast(masks.device.type, enabled=False):
+            probabilities = self.linear_probabilities(original, self.select_text_features(class_index))
+            focal = sum(focal_loss(p, masks) for p in probabilities)
+            dice = sum(dice_loss(p[:, 1], masks) for p in probabilities)
+        return focal, dice
 
     def linear_probabilities(self, original: list[torch.Tensor], text_features: torch.Tensor) -> list[torch.Tensor]:
         """What each layer thinks of every pixel.
