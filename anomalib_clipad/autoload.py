@@ -32,6 +32,16 @@ def register_models(anomalib_models: ModuleType) -> None:
         )
 
 
+def register_pipelines(anomalib_pipelines: ModuleType) -> None:
+    """Enter ``anomalib compare`` beside ``anomalib benchmark``."""
+    try:
+        if anomalib_pipelines.PIPELINE_REGISTRY is not None:
+            pipeline = importlib.import_module("anomalib_clipad.compare.pipeline")
+            anomalib_pipelines.PIPELINE_REGISTRY["compare"] = pipeline.Compare
+    except Exception as error:  # noqa: BLE001 - as above
+        warnings.warn(f"anomalib compare is missing ({type(error).__name__}: {error}).", stacklevel=2)
+
+
 def tell_input_errors(_cli: ModuleType) -> None:
     """On anomalib's command line, print an ``InputError`` as its sentence; all other errors look as they did."""
     from anomalib_clipad.errors import InputError
@@ -50,6 +60,7 @@ def tell_input_errors(_cli: ModuleType) -> None:
 
 AFTER: dict[str, Callable[[ModuleType], None]] = {
     "anomalib.models": register_models,
+    "anomalib.cli.pipelines": register_pipelines,
     "anomalib.cli.cli": tell_input_errors,
 }
 

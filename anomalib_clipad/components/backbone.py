@@ -216,14 +216,33 @@ def _from_tag(backbone: str, tag: str) -> Path:
     url, hub = config.get("url", ""), config.get("hf_hub", "")
     cache = URL_CACHE.expanduser() if url else Path(constants.HF_HUB_CACHE)
     try:
-        if url and (cache / PurePosixPath(url).name).is_file():
-            return Path(download_pretrained({"url": url}))  # checks the sum, downloads nothing if it holds
+        if (found := find_cached(backbone, tag)) is not None:
+            # Of a file from a URL open_clip checks the sum, and downloads nothing if it holds.
+            return Path(download_pretrained({"url": url})) if found.parent == cache and url else found
         if hub:
             name, _, file = hub.rpartition("/")
             return _hub_file(name, *([file] if file else WEIGHT_NAMES))
         return Path(download_pretrained(config))
     except Exception as error:  # urllib's, the hub's and the operating system's errors all mean the same to a user
         raise InputError(_unreachable(f"weights {tag!r} of {backbone}", cache, error)) from error
+
+
+def find_cached(backbone: str, tag: str) -> Path | None:
+    """Where the weights of a tag are on disk, if they are.
+
+    Example:
+        >>> find_cached("ViT-B-16-plus-240", "no such tag") is None
+        True
+    """
+    config = get_pretrained_cfg(backbone, tag)
+    url, hub = config.get("url", ""), config.get("hf_hub", "")
+    file = URL_CACHE.expanduser() / PurePosixPath(url).name
+    if url and file.is_file():
+        return file
+    name, _, wanted = hub.rpartition("/")
+    names = [wanted] if wanted else WEIGHT_NAMES
+    cached = [try_to_load_from_cache(name, file) for file in names] if hub else []
+    return next((Path(path) for path in cached if isinstance(path, str)), None)
 
 
 def _unreachable(what: str, cache: Path, error: Exception) -> str:

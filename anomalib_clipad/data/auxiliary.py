@@ -182,7 +182,7 @@ class AuxiliaryDataModule(AnomalibDataModule):
             if not datamodule.category:
                 found.append((datamodule.name, datamodule))
                 continue
-            names = _categories_on_disk(datamodule)
+            names = categories_on_disk(datamodule)
             on_disk.update(names)
             for name in names:
                 if self.categories is None or name in self.categories:
@@ -247,7 +247,8 @@ def _has_mask(path: object) -> bool:
     return isinstance(path, str | Path) and bool(str(path)) and Path(path).is_file()
 
 
-def _categories_on_disk(datamodule: AnomalibDataModule) -> list[str]:
+def categories_on_disk(datamodule: AnomalibDataModule) -> list[str]:
+    """Categories of a data set that have a folder, sorted."""
     folders = {Path(getattr(datamodule, key)) for key in ("root", "split_root") if hasattr(datamodule, key)}
     kinds = ("test", "Data")  # MVTec's layout, which anomalib splits VisA into, and VisA as it is downloaded
     return sorted(

@@ -1,0 +1,10 @@
+"""The comparison: any models of anomalib side by side, zero-shot ones included."""
+
+# First, because its import calls ours back (see ``autoload``), which must not find this package half imported.
+import anomalib.models  # noqa: F401
+
+from anomalib_clipad.compare.job import CompareEvaluator, CompareJob, CompareJobGenerator
+from anomalib_clipad.compare.pipeline import Compare
+from anomalib_clipad.compare.report import write_report
+
+__all__ = ["Compare", "CompareEvaluator", "CompareJob", "CompareJobGenerator", "write_report"]

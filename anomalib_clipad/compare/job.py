@@ -1,0 +1,389 @@
+"""One job of the comparison: one model on one category, measured like all others."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import resource
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, ImageBatch, get_datamodule
+from anomalib.data.utils import read_mask
+from anomalib.engine import Engine
+from anomalib.metrics import Evaluator
+from anomalib.models import AnomalibModule, get_model
+from anomalib.pipelines.components import Job, JobGenerator
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from anomalib.utils.logging import LoggerRedirectError, hide_output
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch.nn import functional as F
+
+from anomalib_clipad.data.auxiliary import categories_on_disk
+from anomalib_clipad.errors import InputError
+from anomalib_clipad.metrics import AP, AUPRO, AUROC, IMAGE_FIELDS, PIXEL_FIELDS, F1Max
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 6  # pictures kept of every job, two of them normal where there are any
+PACKAGES = ("anomalib", "anomalib-clipad", "torch", "open_clip_torch", "lightning")
+
+
+class CompareEvaluator(Evaluator):
+    """The seven metrics on a model's own scores and on maps of one size, whatever the model's input size is.
+
+    Goes to the trainer as a callback, before the model's own: so it sees scores that no post-processor has touched.
+    Masks are read from their files, not from what the model's transform made of them.
+
+    Args:
+        map_size: Side of the maps and masks that are measured.
+    """
+
+    def __init__(self, map_size: int) -> None:
+        image = [kind(fields=IMAGE_FIELDS, prefix="image_", strict=False) for kind in (AUROC, F1Max, AP)]
+        pixel = [kind(fields=PIXEL_FIELDS, prefix="pixel_", strict=False) for kind in (AUROC, F1Max, AP)]
+        aupro = AUPRO(fields=PIXEL_FIELDS, prefix="pixel_", strict=False, fpr_limit=0.3)
+        super().__init__(test_metrics=[*image, *pixel, aupro])
+        self.map_size = (map_size, map_size)
+        self.paths: list[str] = []
+        self.labels: list[int | None] = []
+        self.scores: list[float] = []
+        self.maps: list[np.ndarray] = []
+        self.figures: dict[str, float] = {}
+        self.seconds = 0.0
+
+    def on_test_batch_start(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        """Start the clock."""
+        del trainer, args, kwargs
+        self._start = _now()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop the clock, bring the maps to one size, and measure."""
+        self.seconds += _now() - self._start
+        maps = batch.anomaly_map.detach().float().cpu()
+        maps = maps.reshape(len(maps), 1, *maps.shape[-2:])
+        batch.raw_map = F.interpolate(maps, self.map_size, mode="bilinear", align_corners=False)[:, 0]
+        scores = batch.pred_score if batch.pred_score is not None else maps.amax(dim=(-3, -2, -1))
+        batch.raw_score = scores.detach().float().cpu().reshape(-1)
+        own_masks, batch.gt_mask = batch.gt_mask, self._masks(batch)
+        own_labels = batch.gt_label
+        if own_labels is not None:
+            batch.gt_label = own_labels.cpu()
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        batch.gt_mask, batch.gt_label = own_masks, own_labels
+        self.paths += [str(path) for path in batch.image_path]
+        self.labels += [None] * len(maps) if own_labels is None else own_labels.int().tolist()
+        self.scores += batch.raw_score.tolist()
+        self.maps += list(batch.raw_map.half().numpy())
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute the figures; the trainer could not log them, since they are no part of the model."""
+        del trainer, pl_module
+        values = {metric.name: metric.compute() for metric in self.test_metrics}
+        self.figures = {name: float(value) for name, value in values.items() if value is not None}
+
+    on_predict_batch_start = on_test_batch_start
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """As in testing; without labels there is nothing to measure but time."""
+        self.on_test_batch_end(*args, **kwargs)
+
+    def _masks(self, batch: ImageBatch) -> torch.Tensor | None:
+        if batch.gt_mask is None:
+            return None
+        paths = batch.mask_path or [None] * len(batch.gt_mask)
+        masks = []
+        for path, mask in zip(paths, batch.gt_mask, strict=True):
+            # Normal images have no file, which anomalib writes as an empty path or as "None".
+            whole = read_mask(path, as_tensor=True) if path and Path(path).is_file() else mask.cpu()
+            masks.append(F.interpolate(whole[None, None].float(), self.map_size, mode="nearest")[0, 0])
+        return torch.stack(masks).bool()
+
+
+class CompareJob(Job):
+    """Fit a model if it is of the kind that is fitted, test it, and keep what was measured.
+
+    Args:
+        model: Configuration of the model: class_path, init_args and, if wanted, name.
+        data: Configuration of the data module, of one category; or None to judge ``images`` only.
+        images: Folder of unlabelled images to judge instead of testing.
+        seed: Seed of everything.
+        map_size: Side of the maps that are measured.
+        output: Folder of the comparison.
+        accelerator: ``cpu`` or ``cuda``.
+    """
+
+    name = "compare"
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        data: Mapping[str, Any] | None,
+        images: str | None,
+        seed: int,
+        map_size: int,
+        output: Path,
+        accelerator: str,
+    ) -> None:
+        self.model_config = {key: value for key, value in model.items() if key != "name"}
+        self.model_name = str(model.get("name") or model["class_path"].rpartition(".")[2])
+        self.data_config, self.images = data, images
+        self.seed, self.map_size, self.output, self.accelerator = seed, map_size, output, accelerator
+        self.category = _category(data, images)
+
+    @property
+    def key(self) -> str:
+        """Name of the job's files: readable, and another for every other configuration."""
+        what = [self.model_name, self.model_config, self.data_config, self.images, self.seed, self.map_size]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        readable = "".join(c if c.isalnum() else "_" for c in f"{self.model_name}-{self.category}")
+        return f"{readable}-{digest}"
+
+    @property
+    def file(self) -> Path:
+        """Where the result is, once the job is done."""
+        return self.output / "jobs" / f"{self.key}.json"
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a job that is done."""
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else None
+
+    def run(self, task_id: int | None = None) -> dict[str, Any]:
+        """Run the job, or take the result that is there; a failure becomes a row that says so."""
+        if (done := self.result()) is not None:
+            return done
+        row: dict[str, Any] = {"model": self.model_name, "category": self.category, "seed": self.seed, "key": self.key}
+        row["class"] = self.model_config["class_path"].rpartition(".")[2]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            row |= self._measure(task_id)
+        except Exception as error:  # noqa: BLE001 - any failure of any model costs its own job only
+            if isinstance(error, LoggerRedirectError) and error.__cause__ is not None:
+                error = error.__cause__
+            log = self.file.with_suffix(".log")
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            words = str(error).strip().splitlines()
+            return {**row, "error": f"{type(error).__name__}: {words[0] if words else ''}", "log": str(log)}
+        write_whole(self.file, json.dumps(row, indent=1, default=str).encode())
+        return row
+
+    @hide_output
+    def _measure(self, task_id: int | None) -> dict[str, Any]:
+        seed_everything(self.seed, verbose=False)
+        _reset_peak_memory()
+        data: AnomalibDataModule | None = get_datamodule({"data": dict(self.data_config)}) if self.data_config else None
+        model: AnomalibModule = get_model(dict(self.model_config))
+        model.evaluator = model.visualizer = None
+        if getattr(model, "class_name", "") is None and data is not None:
+            # Folder has no category, and some zero-shot models would then prompt for nothing.
+            model.class_name = data.category or data.name
+        evaluator = CompareEvaluator(self.map_size)
+        row: dict[str, Any] = {}
+        with TemporaryDirectory() as folder:
+            common = {"accelerator": "gpu" if self.accelerator == "cuda" else "cpu", "default_root_dir": folder}
+            devices = 1 if task_id is None else [task_id]
+            engine = Engine(
+                **common,
+                devices=devices,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[evaluator],
+            )
+            start = _now()
+            if model.learning_type == LearningType.ONE_CLASS:
+                engine.fit(model, datamodule=data)
+            row["fit_seconds"] = _now() - start
+            start = _now()
+            if self.images:
+                engine.predict(model, data_path=self.images, return_predictions=False)
+            else:
+                engine.test(model, datamodule=data, verbose=False)
+                row |= evaluator.figures
+            row["test_seconds"] = _now() - start
+        row |= {
+            "images": len(evaluator.paths),
+            "images_per_second": len(evaluator.paths) / max(evaluator.seconds, 1e-9),
+            "peak_memory_mib": _peak_memory(self.accelerator),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "device": torch.cuda.get_device_name() if self.accelerator == "cuda" else platform.machine(),
+            "versions": _versions(),
+        }
+        self._keep_examples(evaluator)
+        return row
+
+    def _keep_examples(self, evaluator: CompareEvaluator) -> None:
+        order = sorted(range(len(evaluator.paths)), key=evaluator.paths.__getitem__)
+        normal = [i for i in order if evaluator.labels[i] == 0][:2]
+        others = [i for i in order if evaluator.labels[i] != 0]
+        step = max(1, len(others) // (EXAMPLES - len(normal)))
+        chosen = others[::step][: EXAMPLES - len(normal)] + normal
+        arrays = self.file.with_suffix(".npz")
+        partial = arrays.with_name(f".{arrays.stem}.{os.getpid()}.npz")
+        np.savez_compressed(
+            partial,
+            paths=np.array([evaluator.paths[i] for i in chosen]),
+            maps=np.stack([evaluator.maps[i] for i in chosen]),
+            low=np.percentile(np.stack(evaluator.maps).astype(np.float32), 1),
+            high=np.percentile(np.stack(evaluator.maps).astype(np.float32), 99.5),
+        )
+        partial.replace(arrays)
+        scores = {"path": evaluator.paths, "label": evaluator.labels, "score": evaluator.scores}
+        table = pd.DataFrame(scores).sort_values("path").to_csv(index=False)
+        write_whole(self.file.with_suffix(".csv"), table.encode())
+
+    @staticmethod
+    def collect(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows as they are."""
+        return results
+
+    @staticmethod
+    def save(results: list[dict[str, Any]]) -> None:
+        """Nothing: every job has saved itself, and the pipeline writes the report."""
+
+
+class CompareJobGenerator(JobGenerator):
+    """Makes a job of every model on every category.
+
+    Args:
+        accelerator: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, accelerator: str) -> None:
+        self.accelerator = accelerator
+
+    @property
+    def job_class(self) -> type[Job]:
+        """Kind of the jobs."""
+        return CompareJob
+
+    def generate_jobs(self, args: dict | None = None, prev_stage_result: object = None) -> Sequence[CompareJob]:
+        """All jobs of a configuration, category by category; a list, so that a progress bar knows its length.
+
+        Raises:
+            InputError: If the configuration lacks models or data, or has unknown keys.
+        """
+        del prev_stage_result
+        args = dict(args or {})
+        known = {"models", "data", "images", "seed", "map_size", "output"}
+        if unknown := sorted(set(args) - known):
+            msg = f"compare takes the keys {', '.join(sorted(known))}, got {', '.join(unknown)}."
+            raise InputError(msg)
+        if not args.get("models") or not (args.get("data") or args.get("images")):
+            msg = "compare needs models, a list of class_path and init_args, and data or images to try them on."
+            raise InputError(msg)
+        models = [model for entry in args["models"] for model in _grid(_as_config(entry))]
+        data = list(_data(args.get("data")))
+        return [
+            CompareJob(
+                model,
+                one,
+                args.get("images"),
+                int(args.get("seed", 42)),
+                int(args.get("map_size", 256)),
+                Path(args.get("output", "results/compare")),
+                self.accelerator,
+            )
+            for one in data
+            for model in models
+        ]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that nobody ever sees half of it, whoever writes it at the same time."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _as_config(entry: str | Mapping[str, Any]) -> dict[str, Any]:
+    config = {"class_path": entry} if isinstance(entry, str) else dict(entry)
+    if "class_path" not in config:
+        msg = f"Every model and data set needs a class_path, got {config}."
+        raise InputError(msg)
+    return config
+
+
+def _grid(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    # anomalib's grids flatten what they are given, lists of mappings included; a plain entry has nothing to expand.
+    return get_iterator_from_grid_dict(config) if "grid" in json.dumps(config, default=str) else iter([config])
+
+
+def _data(entries: object) -> Iterator[dict[str, Any] | None]:
+    if entries is None:
+        yield None
+        return
+    for entry in entries if isinstance(entries, list) else [entries]:
+        config = _as_config(entry)
+        arguments = dict(config.get("init_args", {}))
+        if arguments.get("category") == "all":
+            arguments.pop("category")
+            names = categories_on_disk(get_datamodule({"data": {**config, "init_args": arguments}}))
+            if not names:
+                msg = f"No category of {config['class_path']} is on disk under {arguments.get('root', 'its root')}."
+                raise InputError(msg)
+            arguments["category"] = {"grid": names}
+        yield from _grid({**config, "init_args": arguments})
+
+
+def _category(data: Mapping[str, Any] | None, images: str | None) -> str:
+    if images or data is None:
+        return Path(str(images)).name
+    arguments = data.get("init_args", {})
+    return str(arguments.get("category") or arguments.get("name") or data["class_path"].rpartition(".")[2])
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        logger.info("The peak of the process's memory cannot be reset here; it is that of all jobs so far.")
+
+
+def _peak_memory(accelerator: str) -> float:
+    """MiB of the device's memory, or of the process's."""
+    if accelerator == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,150 @@
+"""``anomalib compare``: any models of anomalib side by side, zero-shot ones included."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import yaml
+from anomalib.pipelines.components.base import Pipeline, Runner
+from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
+from anomalib.utils.logging import redirect_logs
+from open_clip.pretrained import get_pretrained_cfg
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from anomalib_clipad.compare.job import CompareJob, CompareJobGenerator
+from anomalib_clipad.compare.report import write_report
+from anomalib_clipad.components.backbone import find_cached
+from anomalib_clipad.errors import InputError
+
+CLIP_SIZES = {"ViT-B-16-plus-240": "800 MB"}
+WINCLIP_BACKBONE, WINCLIP_TAG = "ViT-B-16-plus-240", "laion400m_e31"
+
+
+class CompareRunner(SerialRunner):
+    """anomalib's serial runner with a bar that says what is at work and how long it will take."""
+
+    def run(self, args: dict, prev_stage_results: object = None) -> list[dict[str, Any]]:
+        """Run the jobs one by one."""
+        jobs = self.generator(args, prev_stage_results)
+        rows = []
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            "left",
+            TimeRemainingColumn(),
+        )
+        progress = Progress(
+            *(TextColumn(c) if isinstance(c, str) else c for c in columns), console=Console(stderr=True)
+        )
+        with progress:
+            task = progress.add_task("compare", total=len(jobs))
+            for job in jobs:
+                progress.update(task, description=f"{job.model_name} on {job.category}")
+                rows.append(row := job.run())
+                if "error" in row:
+                    progress.console.print(f"[red]failed[/red] {job.model_name} on {job.category}: {row['error']}")
+                progress.advance(task)
+        return rows
+
+
+class Compare(Pipeline):
+    """Compare models on the same images: metrics, speed, memory, heatmaps, in tables and pictures."""
+
+    def _setup_runners(self, args: dict) -> list[Runner]:
+        """One serial runner, or one process a GPU where there are several."""
+        accelerator = args.get("accelerator", "cuda" if torch.cuda.is_available() else "cpu")
+        if accelerator not in {"cpu", "cuda"}:
+            msg = f"accelerator must be cpu or cuda, got {accelerator!r}."
+            raise InputError(msg)
+        generator = CompareJobGenerator(accelerator)
+        if accelerator == "cuda" and torch.cuda.device_count() > 1:
+            return [ParallelRunner(generator, n_jobs=torch.cuda.device_count())]
+        return [CompareRunner(generator)]
+
+    def run(self, args: argparse.Namespace | None = None) -> list[dict[str, Any]]:
+        """Run what is missing and write the report.
+
+        Args:
+            args: With ``config``, the path of a YAML file.
+
+        Returns:
+            A row a job.
+
+        Raises:
+            InputError: If the configuration cannot be used.
+        """
+        config = self._get_args(args)
+        if not isinstance(config, dict) or not isinstance(config.get("compare"), dict):
+            msg = "The configuration needs a key compare with models and data; see configs/compare_folder.yaml."
+            raise InputError(msg)
+        runner = self._setup_runners(config)[0]
+        settings = config["compare"]
+        jobs = runner.generator(settings, None)
+        for line in preflight(jobs):
+            Console(stderr=True).print(line)
+        output = jobs[0].output
+        output.mkdir(parents=True, exist_ok=True)
+        redirect_logs(str(output / "compare.log"))
+        rows = runner.run(settings)
+        write_report(output, rows, title=yaml.safe_dump(settings, sort_keys=False))
+        Console().print(f"\nReport: {output / 'report.md'}")
+        return rows
+
+
+def preflight(jobs: list[CompareJob]) -> list[str]:
+    """What a user should know before hours go by.
+
+    Returns:
+        Sentences on what is done already and what will be downloaded.
+
+    Raises:
+        InputError: If data are missing, or the installed open_clip spoils WinCLIP.
+    """
+    waiting = [job for job in jobs if job.result() is None]
+    lines = [f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done."]
+    missing = sorted({path for job in waiting for path in _missing_data(job)})
+    if missing:
+        msg = f"These data are missing: {', '.join(missing)}; put them there, or set root to where they are."
+        raise InputError(msg)
+    models = {job.model_config["class_path"].rpartition(".")[2]: job.model_config for job in waiting}
+    if "WinClip" in models and not _runs_sequence_first():
+        msg = (
+            "WinCLIP's maps are constant with the installed open_clip, whose towers are batch-first; install "
+            "'open_clip_torch>=2.23,<2.26.1' as anomalib asks, or leave WinClip out."
+        )
+        raise InputError(msg)
+    weights = {
+        (arguments.get("backbone", WINCLIP_BACKBONE), arguments.get("pretrained", WINCLIP_TAG))
+        for name, config in models.items()
+        if name in {"ClipAdSdp", "ClipAdSdpPlus", "WinClip"}
+        for arguments in [config.get("init_args") or {}]
+    }
+    for backbone, tag in sorted(weights, key=str):
+        known = tag and not Path(backbone).is_dir() and get_pretrained_cfg(backbone, tag)
+        if known and find_cached(backbone, tag) is None:
+            lines.append(
+                f"The weights {tag} of {backbone} will be downloaded ({CLIP_SIZES.get(backbone, 'size unknown')})."
+            )
+    return lines
+
+
+def _missing_data(job: CompareJob) -> list[str]:
+    if job.images and not Path(job.images).exists():
+        return [str(job.images)]
+    arguments = (job.data_config or {}).get("init_args", {})
+    root = arguments.get("root")
+    if not root:
+        return []
+    folder = Path(root) / str(arguments.get("category") or "")
+    split = Path(root) / "visa_pytorch" / str(arguments.get("category") or "")
+    return [] if folder.is_dir() or split.is_dir() else [str(folder)]
+
+
+def _runs_sequence_first() -> bool:
+    """Whether open_clip's towers still take (N, B, W), as anomalib's WinCLIP expects."""
+    return not hasattr(open_clip.transformer.Transformer(8, 1, 1), "batch_first")
