@@ -55,12 +55,21 @@ class CompareEvaluator(Evaluator):
         aupro = AUPRO(fields=PIXEL_FIELDS, prefix="pixel_", strict=False, fpr_limit=0.3)
         super().__init__(test_metrics=[*image, *pixel, aupro])
         self.map_size = (map_size, map_size)
+        self.mask_paths: dict[str, str] = {}
         self.paths: list[str] = []
         self.labels: list[int | None] = []
         self.scores: list[float] = []
         self.maps: list[np.ndarray] = []
         self.figures: dict[str, float] = {}
         self.seconds = 0.0
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the masks' files up; a batch loses them when it begins with a normal image."""
+        del pl_module
+        samples = trainer.datamodule.test_data.samples
+        if "mask_path" in samples:
+            paths = zip(samples.image_path, samples.mask_path, strict=True)
+            self.mask_paths = {str(image): str(mask) for image, mask in paths}
 
     def on_test_batch_start(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
         """Start the clock."""
@@ -109,10 +118,10 @@ class CompareEvaluator(Evaluator):
     def _masks(self, batch: ImageBatch) -> torch.Tensor | None:
         if batch.gt_mask is None:
             return None
-        paths = batch.mask_path or [None] * len(batch.gt_mask)
         masks = []
-        for path, mask in zip(paths, batch.gt_mask, strict=True):
-            # Normal images have no file, which anomalib writes as an empty path or as "None".
+        for image_path, mask in zip(batch.image_path, batch.gt_mask, strict=True):
+            path = self.mask_paths.get(str(image_path), "")
+            # Normal images have no file, which anomalib writes in more than one way.
             whole = read_mask(path, as_tensor=True) if path and Path(path).is_file() else mask.cpu()
             masks.append(F.interpolate(whole[None, None].float(), self.map_size, mode="nearest")[0, 0])
         return torch.stack(masks).bool()

@@ -1,6 +1,7 @@
 """``anomalib compare``: any models of anomalib side by side, zero-shot ones included."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ class Compare(Pipeline):
         output = jobs[0].output
         output.mkdir(parents=True, exist_ok=True)
         redirect_logs(str(output / "compare.log"))
+        for handler in list(logging.root.handlers):  # which anomalib's command line writes to
+            if not isinstance(handler, logging.FileHandler):
+                logging.root.removeHandler(handler)
         rows = runner.run(settings)
         write_report(output, rows, title=yaml.safe_dump(settings, sort_keys=False))
         Console().print(f"\nReport: {output / 'report.md'}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -217,11 +218,14 @@ def _draw_speed(figure: Figure, done: pd.DataFrame, metrics: list[str]) -> None:
     axes = figure.subplots()
     points = done.groupby("model", sort=False)[[name, "images_per_second"]].mean()
     for number, (model, row) in enumerate(points.iterrows()):
-        axes.scatter(row["images_per_second"], 100 * row[name], s=70, color=COLOURS[number % len(COLOURS)], zorder=3)
-        axes.annotate(str(model), (row["images_per_second"], 100 * row[name]), (7, 6), textcoords="offset points")
+        colour = COLOURS[number % len(COLOURS)]
+        axes.scatter(row["images_per_second"], 100 * row[name], s=80, color=colour, alpha=0.85, zorder=3, label=model)
+    figure.legend(loc="outside right upper", frameon=False)
     axes.set_xscale("log")
     low, high = points["images_per_second"].min(), points["images_per_second"].max()
-    axes.set_xlim(low / 2, high * 4)  # room for the names
+    axes.set_xlim(low / 2, high * 2)
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(y=0.2)
     axes.grid(alpha=0.3, which="both")
     axes.set_xlabel(f"images per second, batches as configured ({done['device'].iloc[0] if 'device' in done else ''})")

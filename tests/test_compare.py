@@ -1,0 +1,283 @@
+"""``anomalib compare``: the real command on small data, and the tables and pictures it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from anomalib_clipad import InputError
+from anomalib_clipad.compare import CompareJobGenerator, write_report
+from anomalib_clipad.compare import pipeline as pipeline_module
+from anomalib_clipad.compare.pipeline import preflight
+
+from .conftest import SMALL_CONFIG, make_clip, write_category
+from .test_metrics import aupro, best_f1
+
+ANOMALIB = Path(sys.executable).with_name("anomalib")
+# WinCLIP's backbone cannot be chosen, so a small CLIP takes its name, in the cache as the real one would lie there.
+SITE = """
+import json, os, open_clip
+open_clip.factory._MODEL_CONFIGS["ViT-B-16-plus-240"] = json.loads(os.environ["SMALL_CLIP"])
+tag = {"url": "https://example.com/small.pt"}
+open_clip.pretrained._PRETRAINED["ViT-B-16-plus-240"] = {"laion400m_e31": tag}
+"""
+CLIP_CONFIG = {**SMALL_CONFIG, "vision_cfg": {**SMALL_CONFIG["vision_cfg"], "image_size": 240, "patch_size": 16}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    (home / ".cache/clip").mkdir(parents=True)
+    torch.save(make_clip(image_size=240, patch_size=16).state_dict(), home / ".cache/clip/small.pt")
+    (home / "site").mkdir()
+    (home / "site/sitecustomize.py").write_text(SITE)
+    return home
+
+
+def start(config: dict, where: Path, home: Path) -> subprocess.Popen:
+    (where / "compare.yaml").write_text(yaml.safe_dump(config))
+    paths = [str(home / "site"), os.environ.get("PYTHONPATH", "")]
+    environment = {"HOME": str(home), "PYTHONPATH": os.pathsep.join(paths), "SMALL_CLIP": json.dumps(CLIP_CONFIG)}
+    return subprocess.Popen(
+        [str(ANOMALIB), "compare", "--config", "compare.yaml"],
+        cwd=where,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "COLUMNS": "120", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def configuration(root: Path, models: list[dict], names: tuple[str, ...] = ("gear", "plate")) -> dict:
+    keys = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square"}
+    more = {"mask_dir": "ground_truth/square", "val_split_mode": "same_as_test", "num_workers": 0, "eval_batch_size": 4}
+    data = [
+        {"class_path": "Folder", "init_args": {"name": name, "root": str(root / name), **keys, **more}}
+        for name in names
+    ]
+    return {"accelerator": "cpu", "compare": {"output": "out", "map_size": 64, "models": models, "data": data}}
+
+
+SDP = {"class_path": "ClipAdSdp", "name": "SDP"}
+WINCLIP = {"class_path": "WinClip", "name": "WinCLIP"}
+PATCHCORE = {
+    "class_path": "Patchcore",
+    "name": "PatchCore",
+    "init_args": {"pre_trained": False, "backbone": "resnet18", "coreset_sampling_ratio": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("compare")
+    for name in ("gear", "plate"):
+        write_category(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def compared(data_root: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where a comparison of three models and a broken one wrote, and what it showed."""
+    where = tmp_path_factory.mktemp("run")
+    broken = {"class_path": "ClipAdSdp", "name": "broken", "init_args": {"rvs": "median"}}
+    process = start(configuration(data_root, [SDP, WINCLIP, PATCHCORE, broken]), where, home)
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr[-3000:]
+    return where / "out", stdout + stderr
+
+
+def maps_of(root: Path, name: str) -> np.ndarray:
+    """Masks of a category's test images in the order of their paths, at the size compared."""
+    masks = []
+    for path in sorted((root / name / "test").rglob("*.png")):
+        mask = root / name / "ground_truth/square" / f"{path.stem}_mask.png"
+        whole = Image.open(mask) if path.parent.name == "square" else Image.new("L", (48, 48))
+        masks.append(torch.from_numpy(np.array(whole)).float()[None, None])
+    return torch.nn.functional.interpolate(torch.cat(masks), (64, 64), mode="nearest")[:, 0].numpy() > 0
+
+
+def test_figures_equal_scikit_learns_on_the_same_scores(compared: tuple[Path, str], data_root: Path) -> None:
+    output, _ = compared
+    table = pd.read_csv(output / "results.csv")
+    table = table[table["error"].isna()]
+    assert len(table) == 6
+    for _, row in table.iterrows():
+        scores = pd.read_csv(output / "jobs" / f"{row['key']}.csv")
+        assert row["image_AUROC"] == pytest.approx(roc_auc_score(scores["label"], scores["score"]), abs=1e-6)
+        assert row["image_AP"] == pytest.approx(average_precision_score(scores["label"], scores["score"]), abs=1e-6)
+        assert row["image_F1Max"] == pytest.approx(best_f1(scores["label"], scores["score"]), abs=1e-6)
+        # Only some maps are kept, so pixel figures are compared on the kept ones in the next test.
+        assert 0 <= row["pixel_AUPRO"] <= 1
+        assert row["images"] == len(scores) == len(maps_of(data_root, row["category"]))
+
+
+def test_pixel_figures_are_those_of_the_files_masks(data_root: Path, small_clip: str, tmp_path: Path) -> None:
+    from anomalib_clipad.compare.job import CompareEvaluator, CompareJob
+
+    kept: list[CompareEvaluator] = []
+
+    class Keeping(CompareJob):
+        def _keep_examples(self, evaluator: CompareEvaluator) -> None:
+            kept.append(evaluator)
+
+    config = configuration(data_root, [{**SDP, "init_args": {"backbone": small_clip}}], ("gear",))["compare"]
+    row = Keeping(config["models"][0], config["data"][0], None, 0, 64, tmp_path, "cpu").run()
+    order = np.argsort(kept[0].paths)
+    measured = next(metric for metric in kept[0].test_metrics if metric.name == "pixel_AUPRO")
+    maps, masks = torch.cat(measured.preds).numpy()[order], maps_of(data_root, "gear")
+    assert row["pixel_AUROC"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-6)
+    assert row["pixel_AP"] == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-6)
+    assert row["pixel_F1Max"] == pytest.approx(best_f1(masks.ravel(), maps.ravel()), abs=1e-6)
+    assert row["pixel_AUPRO"] == pytest.approx(aupro(masks, maps), abs=1e-5)
+
+
+def test_means_are_means_over_categories(compared: tuple[Path, str]) -> None:
+    output, _ = compared
+    table = pd.read_csv(output / "results.csv")
+    mean = 100 * table[table["model"] == "SDP"]["pixel_AP"].mean()
+    line = next(line for line in (output / "report.md").read_text().splitlines() if line.startswith("| SDP |"))
+    assert f"{mean:.1f}" in line
+    assert line.rstrip(" |").endswith("2 of 2")
+
+
+def test_a_failed_job_costs_only_itself_and_is_told(compared: tuple[Path, str]) -> None:
+    output, shown = compared
+    assert shown.count("failed broken on") == 2
+    assert "got 'median'" in shown
+    assert "**Failed**: broken on gear" in (output / "report.md").read_text()
+
+
+def test_the_screen_shows_a_bar_and_not_every_step(compared: tuple[Path, str]) -> None:
+    _, shown = compared
+    assert "8/8" in shown
+    assert "Running validation" not in shown.split("8 jobs", 1)[1]
+
+
+def test_everything_is_in_one_folder(compared: tuple[Path, str]) -> None:
+    output, _ = compared
+    for name in ("results.csv", "results.json", "report.md"):
+        assert (output / name).stat().st_size > 0
+    for name in ("means", "per_category", "speed_accuracy", "examples/gear", "examples/plate"):
+        assert min(Image.open(output / f"{name}.png").size) > 200
+    row = json.loads((output / "results.json").read_text())[0]
+    measured = {"fit_seconds", "test_seconds", "images_per_second", "peak_memory_mib", "parameters", "versions", "seed"}
+    assert measured <= set(row)
+
+
+def figures(output: Path) -> pd.DataFrame:
+    table = pd.read_csv(output / "results.csv").set_index(["model", "category"]).sort_index()
+    return table[[column for column in table if column.startswith(("image_", "pixel_"))]]
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    compared: tuple[Path, str], data_root: Path, home: Path, tmp_path: Path
+) -> None:
+    config = configuration(data_root, [SDP, WINCLIP, PATCHCORE])
+    process = start(config, tmp_path, home)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "out").glob("jobs/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = set((tmp_path / "out/jobs").glob("*.json"))
+    stamps = {path: path.stat().st_mtime_ns for path in done}
+    assert 0 < len(done) < 6
+    # Two at once in the same folder, too.
+    both = [start(config, tmp_path, home) for _ in range(2)]
+    for process in both:
+        _, stderr = process.communicate(timeout=600)
+        assert process.returncode == 0, stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in done} == stamps
+    expected = figures(compared[0]).drop(index="broken", level="model")
+    pd.testing.assert_frame_equal(figures(tmp_path / "out"), expected, atol=1e-6)
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_unlabelled_images_side_by_side(data_root: Path, home: Path, tmp_path: Path) -> None:
+    config = {"compare": {"output": "out", "models": [SDP, WINCLIP], "images": str(data_root / "gear/test/square")}}
+    _, stderr = (process := start(config, tmp_path, home)).communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+    report = (tmp_path / "out/report.md").read_text()
+    assert "no metrics" in report
+    assert "| 000.png |" in report
+    assert Image.open(tmp_path / "out/examples/square.png").size[0] > 300
+    assert not (tmp_path / "out/means.png").exists()
+
+
+def jobs(config: dict, output: Path) -> list:
+    return CompareJobGenerator("cpu").generate_jobs({**config["compare"], "output": str(output)})
+
+
+def test_winclip_is_refused_where_its_maps_would_be_constant(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "_runs_sequence_first", lambda: False)
+    with pytest.raises(InputError, match=r"maps are constant.*install 'open_clip_torch>=2.23,<2.26.1'"):
+        preflight(jobs(configuration(data_root, [SDP, WINCLIP]), tmp_path))
+
+
+def test_missing_data_and_downloads_are_said_before_the_start(data_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="These data are missing: .*valve"):
+        preflight(jobs(configuration(data_root, [SDP], ("valve",)), tmp_path))
+    monkey = pytest.MonkeyPatch()
+    monkey.setenv("HOME", str(tmp_path))
+    lines = preflight(jobs(configuration(data_root, [SDP]), tmp_path))
+    monkey.undo()
+    assert lines[0] == "2 jobs, 0 of them done."
+    assert "laion400m_e31 of ViT-B-16-plus-240 will be downloaded (800 MB)" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"models": []}, "compare needs models"),
+        ({"data": None}, "data or images"),
+        ({"modls": []}, "takes the keys .*got modls"),
+        ({"models": [{"name": "x"}]}, "needs a class_path"),
+    ],
+)
+def test_wrong_configurations_are_told_in_a_sentence(data_root: Path, tmp_path: Path, change: dict, words: str) -> None:
+    config = configuration(data_root, [SDP])
+    config["compare"] |= change
+    with pytest.raises(InputError, match=words):
+        jobs(config, tmp_path)
+
+
+def test_grids_and_all_categories_become_jobs(data_root: Path, tmp_path: Path) -> None:
+    config = {
+        "models": [{"class_path": "ClipAdSdp", "init_args": {"rvs": {"grid": ["mean", "kde"]}}}],
+        "data": {"class_path": "MVTecAD", "init_args": {"root": str(data_root), "category": "all"}},
+    }
+    found = {(j.category, j.model_config["init_args"]["rvs"]) for j in jobs({"compare": config}, tmp_path)}
+    assert found == {(name, rvs) for name in ("gear", "plate") for rvs in ("mean", "kde")}
+
+
+def test_published_figures_stand_beside_measured_ones(tmp_path: Path) -> None:
+    rows = [
+        {
+            "model": name,
+            "class": kind,
+            "category": "bottle",
+            "pixel_F1Max": 0.3,
+            "pixel_AUPRO": 0.6,
+            "images_per_second": 1.0,
+            "peak_memory_mib": 1.0,
+            "key": "none",
+        }
+        for name, kind in (("SDP", "ClipAdSdp"), ("WinCLIP", "WinClip"))
+    ]
+    write_report(tmp_path, rows, published="MVTecAD")
+    report = (tmp_path / "report.md").read_text()
+    assert "| SDP | pixel F1-max | 30.0 | 35.9 |" in report
+    assert "| WinCLIP | pixel AUPRO | 60.0 | 64.6 |" in report
