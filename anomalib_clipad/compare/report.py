@@ -224,11 +224,13 @@ def _draw_speed(figure: Figure, done: pd.DataFrame, metrics: list[str]) -> None:
     axes.set_xscale("log")
     low, high = points["images_per_second"].min(), points["images_per_second"].max()
     axes.set_xlim(low / 2, high * 2)
-    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        axis(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     axes.margins(y=0.2)
     axes.grid(alpha=0.3, which="both")
-    axes.set_xlabel(f"images per second, batches as configured ({done['device'].iloc[0] if 'device' in done else ''})")
+    device = f" ({done['device'].iloc[0]})" if "device" in done else ""
+    axes.set_xlabel(f"images per second, batches as configured{device}")
     axes.set_ylabel(f"{METRICS[name]}, mean over categories, %")
     axes.spines[["top", "right"]].set_visible(False)
 
