@@ -16,7 +16,7 @@ parser.add_argument("--output", type=Path, default=Path("results/compare_example
 arguments = parser.parse_args()
 
 folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": f"test/{arguments.defect}"}
-more = {"mask_dir": f"ground_truth/{arguments.defect}", "val_split_mode": "same_as_test"}
+more = {"mask_dir": f"ground_truth/{arguments.defect}", "val_split_mode": "same_as_test", "num_workers": 0}
 data = {
     "class_path": "Folder",
     "init_args": {"name": arguments.root.name, "root": str(arguments.root), **folders, **more},

@@ -15,7 +15,7 @@ from PIL import Image
 from .conftest import write_category
 
 ANOMALIB = Path(sys.executable).with_name("anomalib")
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("sdp*.yaml"))
 
 
 def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -254,6 +254,17 @@ def test_wrong_configurations_are_told_in_a_sentence(data_root: Path, tmp_path: 
         jobs(config, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["compare_folder", "compare_mvtec"])
+def test_the_configurations_become_jobs(name: str, tmp_path: Path) -> None:
+    config = yaml.safe_load((Path(__file__).parents[1] / f"configs/{name}.yaml").read_text())
+    arguments = config["compare"]["data"]["init_args"]
+    if arguments.get("category") == "all":
+        write_category(tmp_path / "bottle")
+        arguments["root"] = str(tmp_path)
+    models = {job.model_name for job in jobs(config, tmp_path)}
+    assert {"SDP", "WinCLIP", "PatchCore"} <= models
+
+
 def test_grids_and_all_categories_become_jobs(data_root: Path, tmp_path: Path) -> None:
     config = {
         "models": [{"class_path": "ClipAdSdp", "init_args": {"rvs": {"grid": ["mean", "kde"]}}}],
