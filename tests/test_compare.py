@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalib_clipad import InputError
-from anomalib_clipad.compare import CompareJobGenerator, write_report
+from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator, write_report
 from anomalib_clipad.compare import pipeline as pipeline_module
 from anomalib_clipad.compare.pipeline import preflight
 
@@ -123,8 +123,6 @@ def test_figures_equal_scikit_learns_on_the_same_scores(compared: tuple[Path, st
 
 
 def test_pixel_figures_are_those_of_the_files_masks(data_root: Path, small_clip: str, tmp_path: Path) -> None:
-    from anomalib_clipad.compare.job import CompareEvaluator, CompareJob
-
     kept: list[CompareEvaluator] = []
 
     class Keeping(CompareJob):

@@ -19,6 +19,7 @@ MODULES = sorted(
 )
 PACKAGES = (
     "anomalib_clipad",
+    "anomalib_clipad.compare",
     "anomalib_clipad.components",
     "anomalib_clipad.data",
     "anomalib_clipad.sdp",

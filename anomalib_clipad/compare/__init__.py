@@ -3,7 +3,8 @@
 # First, because its import calls ours back (see ``autoload``), which must not find this package half imported.
 import anomalib.models  # noqa: F401
 
-from anomalib_clipad.compare.job import CompareEvaluator, CompareJob, CompareJobGenerator
+from anomalib_clipad.compare.evaluator import CompareEvaluator
+from anomalib_clipad.compare.job import CompareJob, CompareJobGenerator
 from anomalib_clipad.compare.pipeline import Compare
 from anomalib_clipad.compare.report import write_report
 

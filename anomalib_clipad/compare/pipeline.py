@@ -54,7 +54,12 @@ class CompareRunner(SerialRunner):
 
 
 class Compare(Pipeline):
-    """Compare models on the same images: metrics, speed, memory, heatmaps, in tables and pictures."""
+    """Compare models on the same images: metrics, speed, memory, heatmaps, in tables and pictures.
+
+    Example:
+        >>> [type(runner).__name__ for runner in Compare()._setup_runners({"accelerator": "cpu"})]
+        ['CompareRunner']
+    """
 
     def _setup_runners(self, args: dict) -> list[Runner]:
         """One serial runner, or one process a GPU where there are several."""

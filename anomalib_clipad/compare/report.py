@@ -52,6 +52,12 @@ def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", publ
         title: The configuration, printed at the end of the report.
         published: Name of the data set whose published figures belong beside the measured ones; found in ``title``
             by default.
+
+    Example:
+        >>> row = {"model": "SDP", "category": "bottle", "image_AUROC": 0.9, "key": "none"}
+        >>> write_report(Path(), [{**row, "images_per_second": 3.0, "peak_memory_mib": 900.0}])
+        >>> "| SDP | **90.0** | 3.00 | 900 | 1 of 1 |" in Path("report.md").read_text()
+        True
     """
     table = pd.DataFrame(rows)
     write_whole(output / "results.csv", _flat(table).to_csv(index=False).encode())
