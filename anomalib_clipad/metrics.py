@@ -7,6 +7,7 @@ sigmoid to those batches whose scores leave [0, 1], which would make a figure de
 """
 
 from anomalib.metrics import AUPRO, AnomalibMetric, BinaryPrecisionRecallCurve, Evaluator, F1Max, F1Score
+from lightning.pytorch import LightningModule, Trainer
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
 IMAGE_FIELDS = ("raw_score", "gt_label")
@@ -40,6 +41,24 @@ class AP(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAveragePrecision):
     """
 
 
+class PaperEvaluator(Evaluator):
+    """anomalib's evaluator, silent about metrics that the data have no labels or masks for.
+
+    Example:
+        >>> PaperEvaluator(test_metrics=[AP(fields=IMAGE_FIELDS)]).test_metrics[0].name
+        'AP'
+    """
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was measured; torchmetrics would warn of the rest."""
+        if trainer.barebones:
+            super().on_test_epoch_end(trainer, pl_module)
+            return
+        for metric in self.test_metrics:
+            if metric.update_called:
+                self.log(metric.name, metric)
+
+
 def paper_evaluator(validate: bool = False) -> Evaluator:
     """Evaluator with the paper's metrics and anomalib's F1 of the thresholded prediction.
 
@@ -53,7 +72,7 @@ def paper_evaluator(validate: bool = False) -> Evaluator:
         >>> [metric.name for metric in paper_evaluator().test_metrics][:4]
         ['image_AUROC', 'image_F1Max', 'image_AP', 'image_F1Score']
     """
-    return Evaluator(
+    return PaperEvaluator(
         val_metrics=[kind(fields=PIXEL_FIELDS, prefix="pixel_") for kind in (AUROC, AP)] if validate else None,
         test_metrics=[
             *(kind(fields=IMAGE_FIELDS, prefix="image_", strict=False) for kind in (AUROC, F1Max, AP)),

@@ -86,8 +86,8 @@ class CompareEvaluator(Evaluator):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the figures; the trainer could not log them, since they are no part of the model."""
         del trainer, pl_module
-        values = {metric.name: metric.compute() for metric in self.test_metrics}
-        self.figures = {name: float(value) for name, value in values.items() if value is not None}
+        measured = [metric for metric in self.test_metrics if metric.update_called]
+        self.figures = {metric.name: float(metric.compute()) for metric in measured}
 
     on_predict_batch_start = on_test_batch_start
 
