@@ -45,8 +45,11 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
 
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """SDP's map plus the layers' anomalous probabilities, (B, H, W)."""
-        probabilities = self.linear_probabilities(features.original, text_features)
-        return super().map_before_smoothing(features, text_features) + sum(p[:, 1] for p in probabilities)
+        total = super().map_before_smoothing(features, text_features)
+        for logits in self.patch_logits(features.original, text_features):
+            # A softmax of two is a sigmoid of their difference, which is one map to enlarge instead of two.
+            total = total + self._enlarge(logits[:, 1:] - logits[:, :1])[:, 0].sigmoid()
+        return total
 
     def loss(
         self,
@@ -77,13 +80,18 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         Returns:
             One (B, 2, H, W) tensor a tap, normal and anomalous probability of each pixel, in float32.
         """
+        return [self._enlarge(logits).softmax(dim=1) for logits in self.patch_logits(original, text_features)]
+
+    def patch_logits(self, original: list[torch.Tensor], text_features: torch.Tensor) -> list[torch.Tensor]:
+        """What each layer thinks of every patch: one (B, 2, rows, columns) tensor a tap, normal and anomalous logit."""
         text = text_features.float().expand(original[0].shape[0], -1, -1)
-        probabilities = []
+        taps = []
         for layer, tokens in zip(self.adapter, original, strict=True):
             patches = F.linear(tokens[:, 1:].float(), layer.weight.float(), layer.bias.float())  # (B, N, D)
             logits = LOGIT_SCALE * F.normalize(patches, dim=-1) @ text.transpose(1, 2)  # (B, N, 2)
-            logits = logits.transpose(1, 2).unflatten(2, self.grid)
-            # Corners are aligned here, unlike in SDP's map, as the authors have it.
-            logits = F.interpolate(logits, size=self.image_size, mode="bilinear", align_corners=True)
-            probabilities.append(logits.softmax(dim=1))
-        return probabilities
+            taps.append(logits.transpose(1, 2).unflatten(2, self.grid))
+        return taps
+
+    def _enlarge(self, logits: torch.Tensor) -> torch.Tensor:
+        # Corners are aligned here, unlike in SDP's map, as the authors have it.
+        return F.interpolate(logits, size=self.image_size, mode="bilinear", align_corners=True)
