@@ -174,7 +174,7 @@ def test_best_checkpoint_is_small_and_the_last_can_be_resumed(
     whole, _ = fitted(small_clip, auxiliary_root, tmp_path / "whole", epochs=3)
     _, engine = fitted(small_clip, auxiliary_root, tmp_path / "part", epochs=1)
     torch.manual_seed(7)
-    np.random.seed(7)  # noqa: NPY002
+    np.random.seed(7)  # noqa: NPY002 - another global state than before the interruption
     resumed = ClipAdSdpPlus(backbone=small_clip, lr=1e-2)
     second = new_engine(tmp_path / "rest", max_epochs=3)
     second.fit(resumed, datamodule=auxiliary(auxiliary_root), ckpt_path=weights(engine, "last.ckpt"))
