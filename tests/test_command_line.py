@@ -182,7 +182,7 @@ def test_sdp_plus_is_trained_tested_and_used(
     for way in (["--ckpt_path", best], ["--model.adapter", best]):
         done = run("test", *model, *way, *folder_arguments(category), cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-        figures.append(re.findall(r"(\w+_\w+)\s*│\s*([01]\.\d{5})", done.stdout))
+        figures.append(re.findall(r"(\w+_\w+)\s*│\s*([01]\.\d+)", done.stdout))
     assert len(figures[0]) == 9
     assert figures[0] == figures[1]
     done = run(
