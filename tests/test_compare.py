@@ -20,6 +20,7 @@ from anomalib_clipad import InputError
 from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator, write_report
 from anomalib_clipad.compare import pipeline as pipeline_module
 from anomalib_clipad.compare.pipeline import preflight
+from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
 
 from .conftest import SMALL_CONFIG, make_clip, write_category
 from .test_metrics import aupro, best_f1
@@ -71,6 +72,7 @@ def configuration(root: Path, models: list[dict], names: tuple[str, ...] = ("gea
 
 SDP = {"class_path": "ClipAdSdp", "name": "SDP"}
 WINCLIP = {"class_path": "WinClip", "name": "WinCLIP"}
+RVS = ("mean", "median", "kde")  # the second is none
 PATCHCORE = {
     "class_path": "Patchcore",
     "name": "PatchCore",
@@ -202,6 +204,50 @@ def test_a_killed_run_goes_on_where_it_was(
     assert not list((tmp_path / "out").rglob(".*"))
 
 
+def test_only_the_metrics_asked_for(data_root: Path, small_clip: str, tmp_path: Path) -> None:
+    config = configuration(data_root, [{**SDP, "init_args": {"backbone": small_clip}}], ("gear",))["compare"]
+    config |= {"metrics": ["pixel_AP", "image_AUROC"], "output": str(tmp_path)}
+    write_report(tmp_path, SerialCompareRunner(CompareJobGenerator("cpu")).run(config))
+    assert set(figures(tmp_path)) == {"pixel_AP", "image_AUROC"}
+    assert Image.open(tmp_path / "speed_accuracy.png").size[0] > 300
+
+
+def test_several_processes_give_what_one_gives(data_root: Path, small_clip: str, tmp_path: Path) -> None:
+    models = [
+        {"class_path": "ClipAdSdp", "name": rvs, "init_args": {"backbone": small_clip, "rvs": rvs}} for rvs in RVS
+    ]
+    config = configuration(data_root, models)["compare"]
+    for runner, name in (
+        (ParallelCompareRunner(CompareJobGenerator("cpu"), n_jobs=2), "two"),
+        (SerialCompareRunner(CompareJobGenerator("cpu")), "one"),
+    ):
+        (tmp_path / name).mkdir()
+        rows = runner.run({**config, "output": str(tmp_path / name)})
+        assert [(row["category"], row["model"]) for row in rows] == [(c, m) for c in ("gear", "plate") for m in RVS]
+        assert [row["model"] for row in rows if "error" in row] == ["median", "median"]
+        write_report(tmp_path / name, rows)
+    pd.testing.assert_frame_equal(figures(tmp_path / "two"), figures(tmp_path / "one"), atol=1e-6)
+
+
+def test_a_process_that_dies_leaves_what_is_done(data_root: Path, small_clip: str, tmp_path: Path) -> None:
+    """As the operating system kills one that takes all memory."""
+    first, *others = jobs(configuration(data_root, [{**SDP, "init_args": {"backbone": small_clip}}]), tmp_path)
+    done = first.run()
+    runner = ParallelCompareRunner(lambda *_: [first, *map(Dying, others)], n_jobs=2)
+    runner.generator.job_class = CompareJob
+    rows = runner.run({})
+    assert rows[0] == done
+    assert "start it again for what is missing" in rows[1]["error"]
+
+
+class Dying(CompareJob):
+    def __init__(self, job: CompareJob) -> None:
+        self.__dict__ = dict(job.__dict__)
+
+    def run(self, **_: int) -> dict:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_unlabelled_images_side_by_side(data_root: Path, home: Path, tmp_path: Path) -> None:
     config = {"compare": {"output": "out", "models": [SDP, WINCLIP], "images": str(data_root / "gear/test/square")}}
     _, stderr = (process := start(config, tmp_path, home)).communicate(timeout=300)
@@ -242,6 +288,7 @@ def test_missing_data_and_downloads_are_said_before_the_start(data_root: Path, t
         ({"models": []}, "compare needs models"),
         ({"data": None}, "data or images"),
         ({"modls": []}, "takes the keys .*got modls"),
+        ({"metrics": ["pixel_AP", "PRO"]}, "metrics takes any of image_AUROC, .*got PRO"),
         ({"models": [{"name": "x"}]}, "needs a class_path"),
     ],
 )

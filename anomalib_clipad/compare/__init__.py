@@ -4,7 +4,8 @@
 import anomalib.models  # noqa: F401
 
 from anomalib_clipad.compare.evaluator import CompareEvaluator
-from anomalib_clipad.compare.job import CompareJob, CompareJobGenerator
+from anomalib_clipad.compare.generator import CompareJobGenerator
+from anomalib_clipad.compare.job import CompareJob
 from anomalib_clipad.compare.pipeline import Compare
 from anomalib_clipad.compare.report import write_report
 

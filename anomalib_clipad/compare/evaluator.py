@@ -1,6 +1,7 @@
 """How every model of the comparison is measured."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn import functional as F
 
+from anomalib_clipad.errors import InputError
 from anomalib_clipad.metrics import AP, AUPRO, AUROC, IMAGE_FIELDS, PIXEL_FIELDS, F1Max
+
+# The paper's seven, and how they are called in tables and pictures.
+METRICS = {
+    "image_AUROC": "image AUROC",
+    "image_F1Max": "image F1-max",
+    "image_AP": "image AP",
+    "pixel_AUROC": "pixel AUROC",
+    "pixel_F1Max": "pixel F1-max",
+    "pixel_AP": "pixel AP",
+    "pixel_AUPRO": "pixel AUPRO",
+}
 
 
 class CompareEvaluator(Evaluator):
@@ -23,17 +36,24 @@ class CompareEvaluator(Evaluator):
 
     Args:
         map_size: Side of the maps and masks that are measured.
+        metrics: Names of those to measure, all seven by default.
+
+    Raises:
+        InputError: If there is no metric of a name.
 
     Example:
         >>> [metric.name for metric in CompareEvaluator(map_size=256).test_metrics][:3]
         ['image_AUROC', 'image_F1Max', 'image_AP']
     """
 
-    def __init__(self, map_size: int) -> None:
+    def __init__(self, map_size: int, metrics: Sequence[str] = tuple(METRICS)) -> None:
+        if unknown := [name for name in metrics if name not in METRICS]:
+            msg = f"metrics takes any of {', '.join(METRICS)}, got {', '.join(map(str, unknown))}."
+            raise InputError(msg)
         image = [kind(fields=IMAGE_FIELDS, prefix="image_", strict=False) for kind in (AUROC, F1Max, AP)]
         pixel = [kind(fields=PIXEL_FIELDS, prefix="pixel_", strict=False) for kind in (AUROC, F1Max, AP)]
         aupro = AUPRO(fields=PIXEL_FIELDS, prefix="pixel_", strict=False, fpr_limit=0.3)
-        super().__init__(test_metrics=[*image, *pixel, aupro])
+        super().__init__(test_metrics=[metric for metric in (*image, *pixel, aupro) if metric.name in metrics])
         self.map_size = (map_size, map_size)
         self.mask_paths: dict[str, str] = {}
         self.paths: list[str] = []

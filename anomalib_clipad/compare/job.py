@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,14 +20,11 @@ from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, get_model
-from anomalib.pipelines.components import Job, JobGenerator
-from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from anomalib.pipelines.components import Job
 from anomalib.utils.logging import LoggerRedirectError, hide_output
 from lightning.pytorch import seed_everything
 
-from anomalib_clipad.compare.evaluator import CompareEvaluator, now
-from anomalib_clipad.data.auxiliary import categories_on_disk
-from anomalib_clipad.errors import InputError
+from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +43,7 @@ class CompareJob(Job):
         map_size: Side of the maps that are measured.
         output: Folder of the comparison.
         accelerator: ``cpu`` or ``cuda``.
+        metrics: Names of the metrics to measure, see :class:`anomalib_clipad.compare.CompareEvaluator`.
 
     Example:
         >>> job = CompareJob({"class_path": "ClipAdSdp"}, None, "photos", 42, 256, Path("out"), "cpu")
@@ -64,17 +62,27 @@ class CompareJob(Job):
         map_size: int,
         output: Path,
         accelerator: str,
+        metrics: Sequence[str] = tuple(METRICS),
     ) -> None:
         self.model_config = {key: value for key, value in model.items() if key != "name"}
         self.model_name = str(model.get("name") or model["class_path"].rpartition(".")[2])
         self.data_config, self.images = data, images
         self.seed, self.map_size, self.output, self.accelerator = seed, map_size, output, accelerator
+        self.metrics = list(metrics)
         self.category = _category(data, images)
 
     @property
     def key(self) -> str:
         """Name of the job's files: readable, and another for every other configuration."""
-        what = [self.model_name, self.model_config, self.data_config, self.images, self.seed, self.map_size]
+        what = [
+            self.model_name,
+            self.model_config,
+            self.data_config,
+            self.images,
+            self.seed,
+            self.map_size,
+            self.metrics,
+        ]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]
         readable = "".join(c if c.isalnum() else "_" for c in f"{self.model_name}-{self.category}")
         return f"{readable}-{digest}"
@@ -92,20 +100,32 @@ class CompareJob(Job):
         """Run the job, or take the result that is there; a failure becomes a row that says so."""
         if (done := self.result()) is not None:
             return done
-        row: dict[str, Any] = {"model": self.model_name, "category": self.category, "seed": self.seed, "key": self.key}
-        row["class"] = self.model_config["class_path"].rpartition(".")[2]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            row |= self._measure(task_id)
+            row = self._row() | self._measure(task_id)
         except Exception as error:  # noqa: BLE001 - any failure of any model costs its own job only
             if isinstance(error, LoggerRedirectError) and error.__cause__ is not None:
                 error = error.__cause__
             log = self.file.with_suffix(".log")
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            words = str(error).strip().splitlines()
-            return {**row, "error": f"{type(error).__name__}: {words[0] if words else ''}", "log": str(log)}
+            words = str(error).strip().splitlines() or [self.model_config["class_path"]]
+            return {**self.failed(f"{type(error).__name__}: {words[0]}"), "log": str(log)}
         write_whole(self.file, json.dumps(row, indent=1, default=str).encode())
         return row
+
+    def failed(self, error: str) -> dict[str, Any]:
+        """The row of a job that came to nothing."""
+        return {**self._row(), "error": error}
+
+    def _row(self) -> dict[str, Any]:
+        kind = self.model_config["class_path"].rpartition(".")[2]
+        return {
+            "model": self.model_name,
+            "category": self.category,
+            "seed": self.seed,
+            "key": self.key,
+            "class": kind,
+        }
 
     @hide_output
     def _measure(self, task_id: int | None) -> dict[str, Any]:
@@ -117,11 +137,11 @@ class CompareJob(Job):
         if getattr(model, "class_name", "") is None and data is not None:
             # Folder has no category, and some zero-shot models would then prompt for nothing.
             model.class_name = data.category or data.name
-        evaluator = CompareEvaluator(self.map_size)
+        evaluator = CompareEvaluator(self.map_size, self.metrics)
         row: dict[str, Any] = {}
         with TemporaryDirectory() as folder:
             common = {"accelerator": "gpu" if self.accelerator == "cuda" else "cpu", "default_root_dir": folder}
-            devices = 1 if task_id is None else [task_id]
+            devices = 1 if task_id is None or self.accelerator == "cpu" else [task_id]
             engine = Engine(
                 **common,
                 devices=devices,
@@ -182,58 +202,6 @@ class CompareJob(Job):
         """Nothing: every job has saved itself, and the pipeline writes the report."""
 
 
-class CompareJobGenerator(JobGenerator):
-    """Makes a job of every model on every category.
-
-    Args:
-        accelerator: ``cpu`` or ``cuda``.
-
-    Example:
-        >>> grid = {"class_path": "ClipAdSdp", "init_args": {"rvs": {"grid": ["mean", "kde"]}}}
-        >>> len(CompareJobGenerator("cpu").generate_jobs({"models": [grid, "WinClip"], "images": "photos"}))
-        3
-    """
-
-    def __init__(self, accelerator: str) -> None:
-        self.accelerator = accelerator
-
-    @property
-    def job_class(self) -> type[Job]:
-        """Kind of the jobs."""
-        return CompareJob
-
-    def generate_jobs(self, args: dict | None = None, prev_stage_result: object = None) -> Sequence[CompareJob]:
-        """All jobs of a configuration, category by category; a list, so that a progress bar knows its length.
-
-        Raises:
-            InputError: If the configuration lacks models or data, or has unknown keys.
-        """
-        del prev_stage_result
-        args = dict(args or {})
-        known = {"models", "data", "images", "seed", "map_size", "output"}
-        if unknown := sorted(set(args) - known):
-            msg = f"compare takes the keys {', '.join(sorted(known))}, got {', '.join(unknown)}."
-            raise InputError(msg)
-        if not args.get("models") or not (args.get("data") or args.get("images")):
-            msg = "compare needs models, a list of class_path and init_args, and data or images to try them on."
-            raise InputError(msg)
-        models = [model for entry in args["models"] for model in _grid(_as_config(entry))]
-        data = list(_data(args.get("data")))
-        return [
-            CompareJob(
-                model,
-                one,
-                args.get("images"),
-                int(args.get("seed", 42)),
-                int(args.get("map_size", 256)),
-                Path(args.get("output", "results/compare")),
-                self.accelerator,
-            )
-            for one in data
-            for model in models
-        ]
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that nobody ever sees half of it, whoever writes it at the same time."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -242,36 +210,6 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _as_config(entry: str | Mapping[str, Any]) -> dict[str, Any]:
-    config = {"class_path": entry} if isinstance(entry, str) else dict(entry)
-    if "class_path" not in config:
-        msg = f"Every model and data set needs a class_path, got {config}."
-        raise InputError(msg)
-    return config
-
-
-def _grid(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    # anomalib's grids flatten what they are given, lists of mappings included; a plain entry has nothing to expand.
-    return get_iterator_from_grid_dict(config) if "grid" in json.dumps(config, default=str) else iter([config])
-
-
-def _data(entries: object) -> Iterator[dict[str, Any] | None]:
-    if entries is None:
-        yield None
-        return
-    for entry in entries if isinstance(entries, list) else [entries]:
-        config = _as_config(entry)
-        arguments = dict(config.get("init_args", {}))
-        if arguments.get("category") == "all":
-            arguments.pop("category")
-            names = categories_on_disk(get_datamodule({"data": {**config, "init_args": arguments}}))
-            if not names:
-                msg = f"No category of {config['class_path']} is on disk under {arguments.get('root', 'its root')}."
-                raise InputError(msg)
-            arguments["category"] = {"grid": names}
-        yield from _grid({**config, "init_args": arguments})
 
 
 def _category(data: Mapping[str, Any] | None, images: str | None) -> str:

@@ -9,14 +9,14 @@ import open_clip
 import torch
 import yaml
 from anomalib.pipelines.components.base import Pipeline, Runner
-from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
 from anomalib.utils.logging import redirect_logs
 from open_clip.pretrained import get_pretrained_cfg
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from anomalib_clipad.compare.job import CompareJob, CompareJobGenerator
+from anomalib_clipad.compare.generator import CompareJobGenerator
+from anomalib_clipad.compare.job import CompareJob
 from anomalib_clipad.compare.report import write_report
+from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
 from anomalib_clipad.components.backbone import find_cached
 from anomalib_clipad.errors import InputError
 
@@ -24,41 +24,12 @@ CLIP_SIZES = {"ViT-B-16-plus-240": "800 MB"}
 WINCLIP_BACKBONE, WINCLIP_TAG = "ViT-B-16-plus-240", "laion400m_e31"
 
 
-class CompareRunner(SerialRunner):
-    """anomalib's serial runner with a bar that says what is at work and how long it will take."""
-
-    def run(self, args: dict, prev_stage_results: object = None) -> list[dict[str, Any]]:
-        """Run the jobs one by one."""
-        jobs = self.generator(args, prev_stage_results)
-        rows = []
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            "left",
-            TimeRemainingColumn(),
-        )
-        progress = Progress(
-            *(TextColumn(c) if isinstance(c, str) else c for c in columns), console=Console(stderr=True)
-        )
-        with progress:
-            task = progress.add_task("compare", total=len(jobs))
-            for job in jobs:
-                progress.update(task, description=f"{job.model_name} on {job.category}")
-                rows.append(row := job.run())
-                if "error" in row:
-                    progress.console.print(f"[red]failed[/red] {job.model_name} on {job.category}: {row['error']}")
-                progress.advance(task)
-        return rows
-
-
 class Compare(Pipeline):
     """Compare models on the same images: metrics, speed, memory, heatmaps, in tables and pictures.
 
     Example:
         >>> [type(runner).__name__ for runner in Compare()._setup_runners({"accelerator": "cpu"})]
-        ['CompareRunner']
+        ['SerialCompareRunner']
     """
 
     def _setup_runners(self, args: dict) -> list[Runner]:
@@ -69,8 +40,8 @@ class Compare(Pipeline):
             raise InputError(msg)
         generator = CompareJobGenerator(accelerator)
         if accelerator == "cuda" and torch.cuda.device_count() > 1:
-            return [ParallelRunner(generator, n_jobs=torch.cuda.device_count())]
-        return [CompareRunner(generator)]
+            return [ParallelCompareRunner(generator, n_jobs=torch.cuda.device_count())]
+        return [SerialCompareRunner(generator)]
 
     def run(self, args: argparse.Namespace | None = None) -> list[dict[str, Any]]:
         """Run what is missing and write the report.

@@ -1,0 +1,206 @@
+"""Pictures of a comparison: means, categories, speed, and heatmaps side by side."""
+
+import io
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.ticker
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from anomalib_clipad.compare.evaluator import METRICS
+from anomalib_clipad.compare.job import write_whole
+
+COLOURS = ("#1b6ca8", "#d95f02", "#3a9679", "#8e5ea2", "#c2a83e", "#7a4a2b", "#5c6b73", "#d4526e")
+
+
+def draw_means(path: Path, means: pd.DataFrame) -> None:
+    """Bars of every metric's mean over the categories.
+
+    Args:
+        path: PNG file to write.
+        means: A row a model, a column a metric, in [0, 1].
+
+    Example:
+        >>> draw_means(Path("means.png"), pd.DataFrame({"image_AUROC": [0.9]}, index=["SDP"]))
+        >>> Path("means.png").is_file()
+        True
+    """
+    figure = _figure(width=2 + 1.4 * len(means.columns), height=4.2)
+    axes = figure.subplots()
+    positions, width = np.arange(len(means.columns)), 0.8 / len(means)
+    for number, (model, row) in enumerate(means.iterrows()):
+        offset = (number - (len(means) - 1) / 2) * width
+        bars = axes.bar(positions + offset, 100 * row, width, label=model, color=COLOURS[number % len(COLOURS)])
+        axes.bar_label(bars, fmt="%.0f", fontsize=7 if len(means) > 3 else 8, padding=1)
+    axes.set_xticks(positions, [METRICS[name] for name in means.columns])
+    axes.set_ylabel("mean over categories, %")
+    axes.set_ylim(0, 108)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=min(len(means), 5), frameon=False)
+    _save(figure, path)
+
+
+def draw_categories(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
+    """A table in colours, a row a category and a column a model, for one image and one pixel metric.
+
+    Args:
+        path: PNG file to write.
+        done: A row a job, with ``model``, ``category`` and the metrics.
+        metrics: The metrics measured.
+
+    Example:
+        >>> rows = pd.DataFrame({"model": ["SDP"], "category": ["nut"], "image_AUROC": [0.9]})
+        >>> draw_categories(Path("categories.png"), rows, ["image_AUROC"])
+        >>> Path("categories.png").is_file()
+        True
+    """
+    models, categories = done["model"].nunique(), done["category"].nunique()
+    figure = _figure(width=3 + 0.95 * models * 2, height=1.9 + 0.36 * categories)
+    wanted = [name for name in ("image_AUROC", "pixel_AP") if name in metrics] or metrics[:1]
+    axes = figure.subplots(1, len(wanted), squeeze=False, sharey=True)[0]
+    for axis, name in zip(axes, wanted, strict=True):
+        wide = 100 * done.pivot_table(index="category", columns="model", values=name, sort=False)
+        wide = wide.reindex(columns=done["model"].unique())
+        axis.imshow(wide, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+        for (row, column), value in np.ndenumerate(wide.to_numpy()):
+            if np.isfinite(value):
+                axis.text(
+                    column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black"
+                )
+        axis.set_xticks(range(len(wide.columns)), wide.columns, rotation=35, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(wide.index)), wide.index)
+        axis.set_title(f"{METRICS[name]}, %", fontsize=11)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def draw_speed(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
+    """Accuracy against images per second, a point a model.
+
+    Args:
+        path: PNG file to write.
+        done: A row a job, with ``model``, ``images_per_second`` and the metrics.
+        metrics: The metrics measured; pixel AP is drawn, or the next best there is.
+
+    Example:
+        >>> rows = pd.DataFrame({"model": ["SDP"], "images_per_second": [3.0], "image_AUROC": [0.9]})
+        >>> draw_speed(Path("speed.png"), rows, ["image_AUROC"])
+        >>> Path("speed.png").is_file()
+        True
+    """
+    figure = _figure(width=7.5, height=5)
+    name = next(metric for metric in ("pixel_AP", "pixel_AUPRO", "image_AUROC", *metrics) if metric in metrics)
+    axes = figure.subplots()
+    points = done.groupby("model", sort=False)[[name, "images_per_second"]].mean()
+    for number, (model, row) in enumerate(points.iterrows()):
+        colour = COLOURS[number % len(COLOURS)]
+        axes.scatter(row["images_per_second"], 100 * row[name], s=80, color=colour, alpha=0.85, zorder=3, label=model)
+    figure.legend(loc="outside right upper", frameon=False)
+    axes.set_xscale("log")
+    low, high = points["images_per_second"].min(), points["images_per_second"].max()
+    axes.set_xlim(low / 2, high * 2)
+    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    axes.margins(y=0.2)
+    axes.grid(alpha=0.3, which="both")
+    device = f" ({done['device'].iloc[0]})" if "device" in done else ""
+    axes.set_xlabel(f"images per second, batches as configured{device}")
+    axes.set_ylabel(f"{METRICS[name]}, mean over categories, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def draw_examples(output: Path, category: str, part: pd.DataFrame) -> None:
+    """Rows of images: the image, its ground truth, each model's heatmap on one colour scale.
+
+    The scale is that of percentiles, so that models whose maps differ in unit can be compared.
+
+    Args:
+        output: Folder of the comparison; the picture goes to ``examples/`` in it.
+        category: Its name.
+        part: A row a job on the category, with ``model`` and ``key``; jobs that kept no examples are left out.
+
+    Example:
+        >>> draw_examples(Path(), "nut", pd.DataFrame({"model": ["SDP"], "key": ["none"]}))
+        >>> Path("examples").exists()
+        False
+    """
+    kept = {row["model"]: output / "jobs" / f"{row['key']}.npz" for _, row in part.iterrows()}
+    arrays = {model: np.load(path, allow_pickle=False) for model, path in kept.items() if path.is_file()}
+    if not arrays:
+        return
+    shared = sorted(set.intersection(*(set(a["paths"].tolist()) for a in arrays.values())))
+    if not shared:
+        return
+    scores = {
+        row["model"]: pd.read_csv(kept[row["model"]].with_suffix(".csv"), index_col="path")
+        for _, row in part.iterrows()
+    }
+    has_masks = any(_mask_of(path) is not None for path in shared)
+    columns = 1 + has_masks + len(arrays)
+
+    figure = _figure(width=1.4 + 1.9 * columns, height=0.5 + 1.95 * len(shared))
+    axes = figure.subplots(len(shared), columns, squeeze=False)
+    for row, path in enumerate(shared):
+        image = Image.open(path).convert("RGB")
+        axes[row, 0].imshow(image)
+        axes[row, 0].set_ylabel(f"{Path(path).parent.name}/{Path(path).name}", fontsize=8)
+        if has_masks:
+            mask = _mask_of(path)
+            axes[row, 1].imshow(np.zeros(image.size[::-1]) if mask is None else mask, cmap="gray", vmin=0, vmax=1)
+        for column, (model, array) in enumerate(arrays.items(), start=1 + has_masks):
+            heat = array["maps"][array["paths"].tolist().index(path)].astype(np.float32)
+            scaled = np.clip((heat - array["low"]) / max(float(array["high"] - array["low"]), 1e-12), 0, 1)
+            axes[row, column].imshow(image, extent=(0, 1, 1, 0), aspect="auto")
+            axes[row, column].imshow(
+                scaled, cmap="turbo", alpha=0.6, vmin=0, vmax=1, extent=(0, 1, 1, 0), aspect="auto"
+            )
+            axes[row, column].set_xlabel(f"score {scores[model].loc[path, 'score']:.3f}", fontsize=8)
+    titles = ["image", *(["ground truth"] if has_masks else []), *arrays]
+    for axis, text in zip(axes[0], titles, strict=True):
+        axis.set_title(text, fontsize=10)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    colours = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), "turbo")
+    bar = figure.colorbar(colours, ax=axes, shrink=0.6, pad=0.02)
+    bar.set_label("1st to 99.5th percentile of a model's own maps of the category", fontsize=8)
+    folder = output / "examples"
+    folder.mkdir(exist_ok=True)
+    _save(figure, folder / f"{file_name(category)}.png")
+
+
+def _mask_of(path: str) -> np.ndarray | None:
+    """The mask that lies beside an image in MVTec's layout."""
+    image = Path(path)
+    folder = image.parents[2] / "ground_truth" / image.parent.name
+    found = next(
+        (folder / f"{image.stem}{end}" for end in ("_mask.png", ".png") if (folder / f"{image.stem}{end}").is_file()),
+        None,
+    )
+    return None if found is None else np.asarray(Image.open(found).convert("L")) > 0
+
+
+def file_name(category: str) -> str:
+    """Name of a category's picture, without its ending.
+
+    Example:
+        >>> file_name("metal nut")
+        'metal_nut'
+    """
+    return "".join(c if c.isalnum() else "_" for c in category)
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getvalue())
