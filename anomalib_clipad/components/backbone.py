@@ -26,6 +26,8 @@ HUB_PREFIX = "hf-hub:"
 CONFIG_NAME = "open_clip_config.json"
 # The names under which open_clip saves to a folder or a hub, the safe one first.
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+DEMO = "demo"  # our own small CLIP, in the package
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 URL_CACHE = Path("~/.cache/clip")  # open_clip's own folder for weights that are not on a hub
 
 
@@ -57,7 +59,8 @@ def load_backbone(backbone: str = "ViT-B-16-plus-240", pretrained: str | None = 
 
     Args:
         backbone: An architecture that open_clip knows, ``hf-hub:ORG/NAME``, or a folder with open_clip's
-            ``open_clip_config.json`` (as ``open_clip.push_to_hf_hub`` saves it).
+            ``open_clip_config.json`` (as ``open_clip.push_to_hf_hub`` saves it); or ``demo``, a small CLIP in this
+            package, trained on rendered textures, to try things out with and not for inspection work.
         pretrained: open_clip's tag of the weights, or a file with a state dict (``.pt``, ``.bin``, ``.safetensors``).
             ``None`` means random weights, unless ``backbone`` is a folder or a hub name, which bring their own; these
             ignore a tag.
@@ -73,7 +76,9 @@ def load_backbone(backbone: str = "ViT-B-16-plus-240", pretrained: str | None = 
         >>> clip.encode_image(torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 24])
     """
-    folder = Path(str(backbone).removeprefix("local-dir:"))
+    folder = DEMO_FOLDER if backbone == DEMO else Path(str(backbone).removeprefix("local-dir:"))
+    if backbone == DEMO:
+        logger.warning("The demonstration backbone was trained on rendered textures; it is not for inspection work.")
     brings_weights = backbone.startswith(HUB_PREFIX) or folder.is_dir()
     weights = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
     if brings_weights:
@@ -85,7 +90,7 @@ def load_backbone(backbone: str = "ViT-B-16-plus-240", pretrained: str | None = 
     else:
         if open_clip.get_model_config(backbone) is None:
             msg = (
-                f"backbone must be a name from open_clip.list_models(), {HUB_PREFIX}ORG/NAME or a folder with "
+                f"backbone must be a name from open_clip.list_models(), {HUB_PREFIX}ORG/NAME, {DEMO} or a folder with "
                 f"{CONFIG_NAME}, got {backbone!r}."
             )
             raise InputError(msg)

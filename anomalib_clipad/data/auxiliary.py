@@ -182,7 +182,7 @@ class AuxiliaryDataModule(AnomalibDataModule):
             if not datamodule.category:
                 found.append((datamodule.name, datamodule))
                 continue
-            names = categories_on_disk(datamodule)
+            names = getattr(datamodule, "auxiliary_categories", None) or categories_on_disk(datamodule)
             on_disk.update(names)
             for name in names:
                 if self.categories is None or name in self.categories:

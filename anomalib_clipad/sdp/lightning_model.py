@@ -21,7 +21,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):
         class_name: What the images show, such as "metal nut". By default the data module's category, else its name,
             else "object".
         backbone: CLIP architecture: a name that open_clip knows, hf-hub:ORG/NAME, or a folder with an
-            open_clip_config.json.
+            open_clip_config.json; or demo, a small one in this package, to try things out with.
         pretrained: Weights of the backbone: open_clip's tag, or a local file (.pt, .bin, .safetensors). None means
             random weights, unless the backbone is a folder or on a hub, which bring their own.
         layers: Blocks of the vision tower to look at, counted from 1. By default the ends of the tower's four stages:

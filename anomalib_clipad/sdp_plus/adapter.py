@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from anomalib_clipad.components.backbone import DEMO, DEMO_FOLDER
 from anomalib_clipad.errors import InputError
 
 PREFIX = "fc."  # the authors' name for the layers, kept in our files
@@ -26,7 +27,8 @@ def load_adapter(layers: nn.ModuleList, path: str | Path, weights: str | None = 
 
     Args:
         layers: One ``nn.Linear`` a tap, filled in place.
-        path: A file of :func:`save_adapter`, a Lightning checkpoint of SDP+, or the authors' ``.pth``.
+        path: A file of :func:`save_adapter`, a Lightning checkpoint of SDP+, or the authors' ``.pth``; ``demo`` for
+            the layers that belong to the demonstration backbone.
         weights: Fingerprint of the CLIP's weights; a file that names others is refused.
 
     Returns:
@@ -41,7 +43,7 @@ def load_adapter(layers: nn.ModuleList, path: str | Path, weights: str | None = 
         >>> load_adapter(layers, "adapter.safetensors")
         ['candle']
     """
-    path = Path(path)
+    path = DEMO_FOLDER / "adapter.safetensors" if path == DEMO else Path(path)
     if not path.is_file():
         msg = f"The adapter {path} does not exist; train one with anomalib fit, or give the file of another."
         raise InputError(msg)

@@ -39,11 +39,12 @@ class ClipAdSdpPlus(ZeroShotMixin, AnomalibModule):
 
     Args:
         adapter: Trained linear layers: a file of save_adapter (.safetensors), a checkpoint of a training run (.ckpt),
-            or the authors' release (.pth). None for layers that are still to be trained.
+            or the authors' release (.pth); demo for those of the demonstration backbone. None for layers that are
+            still to be trained.
         class_name: What the images show, such as "metal nut". By default the data module's category, else its name,
             else "object".
         backbone: CLIP architecture: a name that open_clip knows, hf-hub:ORG/NAME, or a folder with an
-            open_clip_config.json.
+            open_clip_config.json; or demo, a small one in this package, to try things out with.
         pretrained: Weights of the backbone: open_clip's tag, or a local file (.pt, .bin, .safetensors). None means
             random weights, unless the backbone is a folder or on a hub, which bring their own.
         layers: Blocks of the vision tower to look at, counted from 1. By default the ends of the tower's four stages.

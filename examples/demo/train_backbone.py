@@ -1,0 +1,399 @@
+"""Train the demonstration backbone: a small CLIP, from rendered textures and captions made here.
+
+    python examples/demo/train_backbone.py --output demo        # about an hour on two CPU cores, minutes on a GPU
+
+Every surface is shown flawless and broken. Captions come from the package's own prompts and paraphrases of them. The
+loss has four parts: images against captions (CLIP's own); the flawless against the broken caption of an image; whether
+a patch shows a defect, which linear heads read off the taps and are thrown away; and, lightly, that the map of SDP is
+higher on the defect than beside it. Surfaces of ``HELD_OUT`` are never rendered here; ``VALIDATION`` chooses the
+checkpoint.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from anomalib_clipad.components import DualPathVisionTransformer, PromptEnsemble, feature_surgery
+from anomalib_clipad.data.defects import DEFECTS, paint_defect
+from anomalib_clipad.data.textures import TRAINING, VALIDATION, Style, render
+from anomalib_clipad.sdp import ClipAdSdpModel
+
+CONFIG = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 96, "layers": 12, "width": 96, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 3},
+}
+SIZE, PATCHES, RENDERED = 96, 12, 144  # pictures are rendered larger and reduced, as real ones are
+
+PROMPTS = PromptEnsemble.from_config("industrial")
+NORMAL = [*PROMPTS.normal_states, "intact {}", "pristine {}", "undamaged {}", "clean {}", "good {}", "{} in order"]
+ANOMALOUS = [
+    *(state for state in PROMPTS.anomalous_states if state.split()[-1] not in ("scratch", "crack", "contamination")),
+    "defective {}",
+    "faulty {}",
+    "{} with an anomaly",
+    "spoiled {}",
+]
+OF_KIND = {
+    "scratch": ["{} with scratch", "scratched {}", "{} with scratches"],
+    "crack": ["{} with crack", "cracked {}", "{} with a crack"],
+    "stain": ["{} with contamination", "stained {}", "{} with a stain"],
+    "hole": ["{} with a hole", "perforated {}"],
+    "contamination": ["{} with contamination", "contaminated {}", "dirty {}"],
+    "dent": ["{} with a dent", "dented {}"],
+    "misprint": ["{} with a misprint", "misprinted {}"],
+    "missing part": ["{} with a missing part", "incomplete {}", "broken {}"],
+}
+SYNONYMS = {
+    "wood": ["wooden board", "timber"],
+    "fabric": ["cloth", "textile"],
+    "metal": ["brushed metal", "steel"],
+    "plastic": ["plastic surface"],
+    "mesh": ["grid", "lattice"],
+    "rubber": ["studded rubber", "rubber mat"],
+    "glass": ["window pane"],
+    "washer": ["ring"],
+    "bolt": ["screw head", "hexagon nut"],
+    "bottle cap": ["crown cork"],
+}
+ANYTHING = ["object", "surface", "texture", "part", "product", "material", "item", "thing"]
+
+
+class Pictures(NamedTuple):
+    """A pool of rendered pictures, each flawless and with two defects.
+
+    Attributes:
+        images: (P, 3, 3, S, S) uint8, one flawless and two broken each.
+        masks: (P, 3, S, S) bool.
+        kinds: (P, 3) index of the defect, -1 where there is none.
+        names: Name of the surface of each.
+    """
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    kinds: torch.Tensor
+    names: list[str]
+
+
+def _picture(job: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    name, seed = job
+    rng = np.random.default_rng(seed)
+    whole, inside = render(name, Style.random(rng), rng, RENDERED)
+    kinds = [-1, *rng.choice(len(DEFECTS), 2, replace=False).tolist()]
+    images, masks = [], []
+    for kind in kinds:
+        picture, mask = whole, np.zeros_like(inside)
+        if kind >= 0:
+            picture, mask = paint_defect(whole, inside, list(DEFECTS)[kind], rng)
+        small = Image.fromarray((255 * picture).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        images.append(np.asarray(small).transpose(2, 0, 1))
+        masks.append(np.asarray(Image.fromarray(mask).convert("L").resize((SIZE, SIZE), Image.Resampling.BOX)) > 63)
+    return np.stack(images), np.stack(masks), kinds
+
+
+def render_pool(names: list[str], count: int, seed: int) -> Pictures:
+    """Render ``count`` pictures of the surfaces in turn."""
+    jobs = [(names[i % len(names)], seed + i) for i in range(count)]
+    with multiprocessing.Pool() as pool:
+        done = list(track(pool.imap(_picture, jobs, chunksize=16), f"Rendering {count} pictures", total=count))
+    images, masks, kinds = (torch.from_numpy(np.stack([np.asarray(d[k]) for d in done])) for k in range(3))
+    return Pictures(images, masks, kinds, [name for name, _ in jobs])
+
+
+class Captions:
+    """Makes captions; ``rng`` decides which."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+
+    def name(self, surface: str) -> tuple[str, bool]:
+        """A name for a surface, and whether it says anything of it: some names are general, some are no words.
+
+        So the text tower learns to read the state whatever the object's name is, known or not.
+        """
+        kind = self.rng.random()
+        if kind < 0.5:
+            return str(self.rng.choice([surface, *SYNONYMS.get(surface, [])])), True
+        if kind < 0.65:
+            return str(self.rng.choice(ANYTHING)), False
+        syllables = ["".join(self.rng.choice(list(part)) for part in ("bdfgklmnprstvz", "aeiou", "lmnrst"))]
+        syllables += ["".join(self.rng.choice(list(part)) for part in ("bdfgklmnprstvz", "aeiou"))]
+        return str(self.rng.choice(["", "", " "])).join(syllables[: self.rng.integers(1, 3)]), False
+
+    def caption(self, name: str, kind: int) -> str:
+        """A caption of a flawless (kind -1) or broken surface."""
+        states = NORMAL if kind < 0 else ANOMALOUS
+        if kind >= 0 and self.rng.random() < 0.4:
+            states = OF_KIND[list(DEFECTS)[kind]]
+        template = str(self.rng.choice(PROMPTS.templates)) if self.rng.random() < 0.9 else "{}"
+        return template.format(str(self.rng.choice(states)).format(name))
+
+
+class Batch(NamedTuple):
+    """Images with a flawless and a broken caption each.
+
+    Attributes:
+        images: (B, 3, S, S), normalised.
+        patches: (B, N) in {0, 1}, whether a patch shows a defect.
+        broken: (B,) in {0, 1}.
+        texts: (2, B, L) tokens: flawless, broken.
+        surfaces: (B,) number of the surface.
+        named: (B,) whether the captions name the surface.
+    """
+
+    images: torch.Tensor
+    patches: torch.Tensor
+    broken: torch.Tensor
+    texts: torch.Tensor
+    surfaces: torch.Tensor
+    named: torch.Tensor
+
+
+class Sampler:
+    """Draws batches of pictures, each flawless and broken, turned, mirrored and in other light."""
+
+    def __init__(self, pool: Pictures, seed: int, device: torch.device) -> None:
+        self.pool, self.device = pool, device
+        self.rng = np.random.default_rng(seed)
+        self.captions = Captions(self.rng)
+        self.tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=CONFIG["text_cfg"]["context_length"])
+        self.mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
+        self.std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
+        self.numbers = {name: number for number, name in enumerate(dict.fromkeys(pool.names))}
+
+    def batch(self, pictures: int) -> Batch:
+        """``2 * pictures`` images: so many surfaces, flawless and broken."""
+        rows = self.rng.choice(len(self.pool.names), pictures, replace=False)
+        images, masks, kinds, texts, named = [], [], [], ([], []), []
+        for row in rows:
+            turn, flip = int(self.rng.integers(4)), bool(self.rng.random() < 0.5)
+            broken = int(self.rng.integers(1, 3))
+            name, names_it = self.captions.name(self.pool.names[row])
+            for which in (0, broken):
+                image = self.pool.images[row, which].float() / 255
+                mask = self.pool.masks[row, which]
+                image, mask = (x.rot90(turn, (-2, -1)) for x in (image, mask))
+                if flip:
+                    image, mask = image.flip(-1), mask.flip(-1)
+                image = self._in_other_light(image)
+                images.append((image - self.mean) / self.std)
+                masks.append(mask)
+                kinds.append(int(self.pool.kinds[row, which]))
+                named.append(names_it)
+                texts[0].append(self.captions.caption(name, -1))
+                texts[1].append(self.captions.caption(name, int(self.pool.kinds[row, broken])))
+        covered = F.avg_pool2d(torch.stack(masks)[:, None].float(), SIZE // PATCHES)
+        tokens = torch.stack([self.tokenizer(side) for side in texts])
+        numbers = torch.tensor([self.numbers[self.pool.names[row]] for row in np.repeat(rows, 2)])
+        batch = Batch(
+            torch.stack(images),
+            (covered.flatten(1) > 0.08).float(),
+            torch.tensor([float(kind >= 0) for kind in kinds]),
+            tokens,
+            numbers,
+            torch.tensor(named),
+        )
+        return Batch(*(part.to(self.device) for part in batch))
+
+    def _in_other_light(self, image: torch.Tensor) -> torch.Tensor:
+        """Another exposure and white balance, and sensor noise."""
+        gain, lift = 1 + self.rng.normal(0, 0.15), self.rng.normal(0, 0.06) + self.rng.normal(0, 0.02, (3, 1, 1))
+        noise = self.rng.uniform(0, 0.03) * self.rng.standard_normal(image.shape, dtype=np.float32)
+        return torch.from_numpy(np.clip(image.numpy() * gain + lift + noise, 0, 1).astype(np.float32))
+
+
+def losses(
+    clip: open_clip.CLIP,
+    tower: DualPathVisionTransformer,
+    heads: nn.ModuleList,
+    batch: Batch,
+    weights: dict[str, float],
+) -> dict[str, torch.Tensor]:
+    """The parts of the loss, each a scalar, and their weighted sum."""
+    features = tower(batch.images)
+    scale = clip.logit_scale.exp()
+    pairs = F.normalize(clip.encode_text(batch.texts.flatten(0, 1)), dim=-1).unflatten(0, (2, -1))  # (2, B, D)
+    class_token = F.normalize(features.surgery[-1][:, 0], dim=-1)  # the original path's, projected
+    parts = {}
+
+    own = torch.where(batch.broken[:, None] > 0, pairs[1], pairs[0])
+    logits = scale * class_token @ own.T
+    same_state = batch.broken[:, None] == batch.broken
+    same_surface = batch.surfaces[:, None] == batch.surfaces
+    positive = same_state & (same_surface | ~batch.named)  # an unnamed caption fits all images of its state
+    for dim in (0, 1):
+        likely = logits.log_softmax(dim).masked_fill(~positive, -math.inf).logsumexp(dim)
+        parts["contrast"] = parts.get("contrast", 0) - likely.mean() / 2
+
+    margin = (class_token * (pairs[1] - pairs[0])).sum(-1)
+    parts["state"] = F.binary_cross_entropy_with_logits(scale * margin, batch.broken)
+
+    # Tied to linear heads that are thrown away: tied to the text directly, the patches of CLIP's own path learn faster
+    # than its class token, and pull that and the surgery path the other way.
+    rare = torch.tensor(4.0, device=scale.device)  # few patches show a defect
+    parts["dense"] = 0.0
+    for head, tap in zip(heads, features.original, strict=True):
+        logits = head(clip.visual.ln_post(tap[:, 1:]))[..., 0]
+        parts["dense"] += F.binary_cross_entropy_with_logits(logits, batch.patches, pos_weight=rare) / len(heads)
+
+    # Only the order counts here, in the mean over an image: a light hand, so that SDP stays what it is, training-free.
+    surgery = scale * feature_surgery(features.surgery, pairs.transpose(0, 1))[:, 1:, 1]
+    shows = batch.patches.sum(-1) > 0
+    inside = (surgery * batch.patches).sum(-1) / batch.patches.sum(-1).clamp(min=1)
+    outside = (surgery * (1 - batch.patches)).sum(-1) / (1 - batch.patches).sum(-1).clamp(min=1)
+    parts["map"] = F.softplus(outside - inside)[shows].mean()
+    return {**parts, "loss": sum(weights[name] * part for name, part in parts.items())}
+
+
+@torch.no_grad()
+def validate(clip: open_clip.CLIP, pool: Pictures, seen: Pictures) -> dict[str, float]:
+    """SDP on surfaces not trained on, and retrieval on unseen pictures of the others."""
+    clip.eval()
+    device = clip.logit_scale.device
+    normalise = Sampler(pool, 0, device)
+    model = ClipAdSdpModel(clip=clip, tokenizer=normalise.tokenizer)
+    figures: dict[str, list[float]] = {"image_AUROC": [], "text_AUROC": [], "pixel_AUROC": [], "pixel_AP": []}
+    for name in dict.fromkeys(pool.names):
+        rows = [row for row, other in enumerate(pool.names) if other == name]
+        images = ((pool.images[rows].flatten(0, 1).float() / 255 - normalise.mean) / normalise.std).to(device)
+        labels = (pool.kinds[rows].flatten() >= 0).long().to(device)
+        masks = pool.masks[rows].flatten().long().to(device)
+        model.set_classes([name])
+        scores = model.scores(images)
+        both = torch.stack([scores.text_score, scores.map_score])
+        both = (both - both.amin(1, keepdim=True)) / (both.amax(1, keepdim=True) - both.amin(1, keepdim=True))
+        figures["image_AUROC"].append(binary_auroc(both.mean(0), labels).item())
+        figures["text_AUROC"].append(binary_auroc(scores.text_score, labels).item())
+        ranks = scores.anomaly_map.flatten().sigmoid()
+        figures["pixel_AUROC"].append(binary_auroc(ranks, masks).item())
+        figures["pixel_AP"].append(binary_average_precision(ranks, masks).item())
+
+    names = list(dict.fromkeys(seen.names))
+    vectors = [model.text_encoder.text_features(name, PROMPTS, method="mean") for name in names]
+    vectors = F.normalize(torch.stack(vectors), dim=-1).flatten(0, 1)  # (2 * surfaces, D): flawless, broken in turn
+    images = ((seen.images[:, :2].flatten(0, 1).float() / 255 - normalise.mean) / normalise.std).to(device)
+    found = (F.normalize(clip.encode_image(images), dim=-1) @ vectors.T.to(device)).argmax(-1).cpu()
+    wanted = torch.tensor([2 * names.index(name) + state for name in seen.names for state in (0, 1)])
+    clip.train()
+    return {
+        **{name: float(np.mean(values)) for name, values in figures.items()},
+        "retrieval": (found == wanted).float().mean().item(),
+        "surface_retrieval": (found // 2 == wanted // 2).float().mean().item(),
+    }
+
+
+def save(clip: open_clip.CLIP, trained: torch.Tensor, folder: Path) -> None:
+    """Write the CLIP as open_clip does, in half precision; words it never read become the unknown word, zero."""
+    state = {name: value.detach().cpu().half().contiguous() for name, value in clip.state_dict().items()}
+    state["token_embedding.weight"] = state["token_embedding.weight"] * trained[:, None]
+    state.pop("attn_mask", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG}, indent=1) + "\n")
+    save_file(state, folder / "open_clip_model.safetensors")
+
+
+def draw(history: pd.DataFrame, path: Path) -> None:
+    """Loss parts on the left, what was reached on the right."""
+    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in ("contrast", "state", "dense", "map"):
+        left.plot(history["step"], history[name], label=name)
+    left.set(xlabel="step", ylabel="loss part", yscale="log")
+    for name in ("image_AUROC", "pixel_AUROC", "pixel_AP", "retrieval", "surface_retrieval"):
+        right.plot(history["step"], history[name], label=name.replace("_", " "))
+    right.set(xlabel="step", ylabel="validation", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Render, train, validate, keep the best."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo"))
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--pictures", type=int, default=16, help="surfaces in a batch, each flawless and broken")
+    parser.add_argument("--pool", type=int, default=4000, help="surfaces rendered")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--every", type=int, default=100, help="steps between validations")
+    parser.add_argument("--patches-first", type=int, default=400, help="steps before the other parts of the loss")
+    parser.add_argument("--dense", type=float, default=3.0)
+    parser.add_argument("--map", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+
+    device = torch.device(arguments.device)
+    weights = {"contrast": 1.0, "state": 1.0, "dense": arguments.dense, "map": arguments.map}
+    pool = render_pool(list(TRAINING), arguments.pool, 1_000_000 * (1 + arguments.seed))
+    seen = render_pool(list(TRAINING), 4 * len(TRAINING), 7)
+    unseen = render_pool(list(VALIDATION), 40 * len(VALIDATION), 100_007)
+    sampler = Sampler(pool, arguments.seed, device)
+
+    torch.manual_seed(arguments.seed)
+    clip = open_clip.CLIP(**CONFIG).to(device).train()
+    tower = DualPathVisionTransformer(clip.visual)
+    heads = nn.ModuleList(nn.Linear(tower.width, 1) for _ in tower.layers).to(device)
+    trained = torch.zeros(CONFIG["text_cfg"]["vocab_size"], dtype=torch.bool)
+    with torch.no_grad():
+        clip.token_embedding.weight.mul_(0.5)
+    decayed = [p for p in clip.parameters() if p.ndim >= 2 and p is not clip.token_embedding.weight]
+    others = [p for p in clip.parameters() if not any(p is d for d in decayed)] + list(heads.parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+    warmup = min(200, arguments.steps // 10)
+    history, best, running = [], -1.0, []
+    start = time.perf_counter()
+    for step in range(1, arguments.steps + 1):
+        rate = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / arguments.steps)) * arguments.lr
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = sampler.batch(arguments.pictures)
+        trained[batch.texts.cpu().flatten().unique()] = True
+        # Patches first: beside the other parts, whose gradients are far noisier, they would hardly learn.
+        ramp = min(1.0, max(0.0, (step - arguments.patches_first) / 100))
+        now = {name: weight if name == "dense" else ramp * weight for name, weight in weights.items()}
+        parts = losses(clip, tower, heads, batch, now)
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        optimizer.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        running.append({name: part.item() for name, part in parts.items()})
+        if step % arguments.every and step != arguments.steps:
+            continue
+        row = {"step": step, "minutes": (time.perf_counter() - start) / 60, "scale": float(clip.logit_scale.exp())}
+        row |= pd.DataFrame(running).mean().to_dict() | validate(clip, unseen, seen)
+        running.clear()
+        history.append(row)
+        print(" ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
+        merit = row["image_AUROC"] + row["pixel_AUROC"]
+        if merit > best:
+            best = merit
+            save(clip, trained, arguments.output)
+        table = pd.DataFrame(history)
+        table.to_csv(arguments.output / "training.csv", index=False, float_format="%.4g")
+        draw(table, arguments.output / "training.png")
+
+
+if __name__ == "__main__":
+    main()
