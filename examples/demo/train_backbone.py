@@ -329,20 +329,21 @@ def main() -> None:
     """Render, train, validate, keep the best."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--pictures", type=int, default=16, help="surfaces in a batch, each flawless and broken")
-    parser.add_argument("--pool", type=int, default=4000, help="surfaces rendered")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--every", type=int, default=100, help="steps between validations")
-    parser.add_argument("--patches-first", type=int, default=400, help="steps before the other parts of the loss")
-    parser.add_argument("--dense", type=float, default=3.0)
-    parser.add_argument("--map", type=float, default=0.5)
+    parser.add_argument("--pool", type=int, default=3000, help="surfaces rendered")
+    parser.add_argument("--lr", type=float, default=1e-3, help="until the other parts begin; then four tenths, falling")
+    parser.add_argument("--every", type=int, default=150, help="steps between validations")
+    parser.add_argument("--patches-first", type=int, default=300, help="steps before the other parts of the loss")
+    parser.add_argument("--contrast", type=float, default=0.1)
+    parser.add_argument("--dense", type=float, default=2.0)
+    parser.add_argument("--map", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
     device = torch.device(arguments.device)
-    weights = {"contrast": 1.0, "state": 1.0, "dense": arguments.dense, "map": arguments.map}
+    weights = {"contrast": arguments.contrast, "state": 1.0, "dense": arguments.dense, "map": arguments.map}
     pool = render_pool(list(TRAINING), arguments.pool, 1_000_000 * (1 + arguments.seed))
     seen = render_pool(list(TRAINING), 4 * len(TRAINING), 7)
     unseen = render_pool(list(VALIDATION), 40 * len(VALIDATION), 100_007)
@@ -360,11 +361,11 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
-    warmup = min(200, arguments.steps // 10)
     history, best, running = [], -1.0, []
     start = time.perf_counter()
     for step in range(1, arguments.steps + 1):
-        rate = min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * step / arguments.steps)) * arguments.lr
+        done = max(0, step - arguments.patches_first) / (arguments.steps - arguments.patches_first)
+        rate = arguments.lr * (0.2 + 0.2 * math.cos(math.pi * done) if done else min(step / 50, 1.0))
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = sampler.batch(arguments.pictures)
