@@ -131,4 +131,5 @@ class ClipAdPostProcessor(PostProcessor):
         threshold = getattr(self, f"{level}_threshold")
         minimum, maximum = getattr(self, f"{level}_min"), getattr(self, f"{level}_max")
         above = self._normalize(scores, minimum, maximum, threshold) > 1 - sensitivity
-        return above if by_rule is None else torch.where(threshold.isnan(), by_rule, above)
+        # Not torch.where, which ONNX Runtime has no implementation of for truth values.
+        return above if by_rule is None else (by_rule & threshold.isnan()) | (above & ~threshold.isnan())

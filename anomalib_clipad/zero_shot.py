@@ -15,7 +15,6 @@ import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
-from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
@@ -24,8 +23,10 @@ from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Res
 from anomalib_clipad.components import DualPathFeatures, PromptEnsemble, fingerprint
 from anomalib_clipad.data import ReadableDataLoader
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.export import WholeExportMixin
 from anomalib_clipad.metrics import paper_evaluator
 from anomalib_clipad.post_processing import ClipAdPostProcessor
+from anomalib_clipad.pre_processing import ClipAdPreProcessor
 
 if TYPE_CHECKING:
     from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
@@ -38,7 +39,7 @@ IDENTITY = "clip_ad"  # key of our part of a checkpoint
 NOT_SAVED = ("model.visual.", "evaluator.")
 
 
-class ZeroShotMixin:
+class ZeroShotMixin(WholeExportMixin):
     """Class names, calibration, checkpoints and steps of a zero-shot CLIP model.
 
     The class that uses it gives ``model``, ``class_name`` and ``hparams`` with ``backbone`` and ``pretrained``.
@@ -70,10 +71,10 @@ class ZeroShotMixin:
         image_size: tuple[int, int] | None = None,
         mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN,
         std: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD,
-    ) -> PreProcessor:
+    ) -> ClipAdPreProcessor:
         """Plain bicubic resize of the whole image, so that masks line up, and CLIP's normalisation."""
         resize = Resize(image_size or (240, 240), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return PreProcessor(transform=Compose([resize, Normalize(mean=mean, std=std)]))
+        return ClipAdPreProcessor(transform=Compose([resize, Normalize(mean=mean, std=std)]))
 
     @classmethod
     def components_for(
@@ -144,8 +145,15 @@ class ZeroShotMixin:
         self.prepare_classes()
 
     def prepare_classes(self) -> None:
-        """Encode the prompts of the class at hand, unless a checkpoint has brought its text vectors."""
-        name = self.class_name or self._datamodule_class()
+        """Encode the prompts of the class at hand, see :meth:`choose_class`."""
+        self.choose_class(self.class_name or _class_of(self.trainer.datamodule))
+
+    def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
+        """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
+        self.choose_class(self.class_name or _class_of(datamodule))
+
+    def choose_class(self, name: str | None) -> None:
+        """Encode the prompts of a class, unless a checkpoint has brought its text vectors."""
         if self._restored:
             if name is not None and name not in self.model.class_names:
                 logger.warning(
@@ -165,11 +173,6 @@ class ZeroShotMixin:
             self.model.set_classes([name])
             if isinstance(self.post_processor, ClipAdPostProcessor):
                 self.post_processor.forget()
-
-    def _datamodule_class(self) -> str | None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        names = (getattr(datamodule, key, None) for key in ("category", "name"))
-        return next((name for name in names if isinstance(name, str) and name.strip()), None)
 
     def val_dataloader(self) -> list:
         """No data: lets anomalib predict and benchmark without a datamodule; a datamodule's own comes first."""
@@ -267,6 +270,11 @@ class ZeroShotMixin:
             "layers": list(self.model.visual.layers),
             "image_size": list(self.model.image_size),
         }
+
+
+def _class_of(datamodule: object) -> str | None:
+    names = (getattr(datamodule, key, None) for key in ("category", "name"))
+    return next((name for name in names if isinstance(name, str) and name.strip()), None)
 
 
 def _check_is_checkpoint(path: Path) -> None:

@@ -61,6 +61,7 @@ class ClipAdSdpModel(nn.Module):
     text_features: torch.Tensor
     score_min: torch.Tensor
     score_max: torch.Tensor
+    text_encoder: TextEncoder | None  # none in an exported model
     with_original = False  # whether the original path's taps are needed
 
     def __init__(
@@ -111,10 +112,13 @@ class ClipAdSdpModel(nn.Module):
             class_names: What can be in the images; an image's ``class_index`` counts them from 0.
 
         Raises:
-            InputError: If there is none, or one is empty.
+            InputError: If there is none, one is empty, or the model was exported, which leaves the text tower out.
         """
         if isinstance(class_names, str) or not class_names:
             msg = f"class_names must be a list of at least one name, got {class_names!r}."
+            raise InputError(msg)
+        if self.text_encoder is None:
+            msg = f"This model was exported for {', '.join(self.class_names)}; export one for {', '.join(class_names)}."
             raise InputError(msg)
         vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
         self.text_features = torch.stack(vectors).to(self.text_features.device)
