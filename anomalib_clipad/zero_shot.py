@@ -115,7 +115,9 @@ class ZeroShotMixin(WholeExportMixin):
         def process(dataloader: object) -> object:
             dataloader = process_dataloader(dataloader)
             ours = trainer.lightning_module is self and ReadableDataLoader.can_wrap(dataloader)
-            return ReadableDataLoader(dataloader) if ours else dataloader
+            # Not while fitting, where the processes wait for each other at every batch.
+            each_once = trainer.state.fn != TrainerFn.FITTING
+            return ReadableDataLoader(dataloader, each_once) if ours else dataloader
 
         def load(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
             if trainer.lightning_module is self:
@@ -200,12 +202,23 @@ class ZeroShotMixin(WholeExportMixin):
             scores = self.model.scores(batch.image, class_index)
         else:
             scores = self.model.scores_of(features, class_index)
-        if not scores.text_score.isfinite().all():
-            bad = (~scores.text_score.isfinite()).nonzero()[:, 0].tolist()
-            names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
-            logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
         batch.text_score, batch.map_score = scores.text_score, scores.map_score
         return batch.update(**self.model.predictions(scores)._asdict())
+
+    def on_validation_batch_end(self, outputs: Batch, *args: object, **kwargs: object) -> None:
+        """See :meth:`tell_not_finite`."""
+        del args, kwargs
+        self.tell_not_finite(outputs)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    @staticmethod
+    def tell_not_finite(batch: Batch) -> None:
+        """Name images that could not be scored; when a batch is done, since a device has to be waited for to know."""
+        if not batch.text_score.isfinite().all():
+            bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
+            names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
+            logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
 
     def calibrate(self) -> None:
         """Set score ranges and thresholds from validation data, as anomalib does where there is no checkpoint."""
@@ -226,6 +239,16 @@ class ZeroShotMixin(WholeExportMixin):
         """Taps that came with a batch instead of its images, see :class:`anomalib_clipad.data.AuxiliaryDataModule`."""
         features = getattr(batch, "features", None)
         return features and DualPathFeatures(*([tokens.to(self.device) for tokens in taps] for taps in features))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "ZeroShotMixin":  # noqa: ANN401
+        """Build a model from a checkpoint, see :meth:`anomalib.models.components.AnomalibModule.load_from_checkpoint`.
+
+        Raises:
+            InputError: If the file is none.
+        """
+        _check_is_checkpoint(Path(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is not CLIP, and the name of the CLIP it belongs to."""

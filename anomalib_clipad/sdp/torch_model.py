@@ -15,6 +15,7 @@ from anomalib_clipad.components import (
     Backbone,
     DualPathFeatures,
     DualPathVisionTransformer,
+    Float32Buffers,
     GaussianSmoothing,
     PromptEnsemble,
     TextEncoder,
@@ -29,7 +30,7 @@ from anomalib_clipad.errors import InputError
 PAPER_SIGMA, PAPER_SIZE = 8.0, 240  # the smoothing belongs to this input size
 
 
-class ClipAdSdpModel(nn.Module):
+class ClipAdSdpModel(Float32Buffers):
     """SDP: staged dual path, feature surgery and text vectors chosen by RVS.
 
     Args:
@@ -201,8 +202,9 @@ class ClipAdSdpModel(nn.Module):
     def image_score(self, scores: Scores) -> torch.Tensor:
         """One score an image, (B,): text score and map score, normalised and halved."""
         both = torch.stack([scores.text_score, scores.map_score], dim=-1)
-        extent = self.score_max - self.score_min
-        normalised = (both - self.score_min) / torch.where(extent > 0, extent, 1.0)
+        minimum, maximum = self.score_min.nan_to_num(), self.score_max.nan_to_num()  # as in the post-processor
+        extent = maximum - minimum
+        normalised = (both - minimum) / torch.where(extent > 0, extent, 1.0)
         by_rule = torch.stack([scores.text_score, self.map_scale.squash(scores.map_score)], dim=-1)
         return torch.where(self.score_min.isnan(), by_rule, normalised).mean(dim=-1)
 
