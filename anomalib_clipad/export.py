@@ -5,13 +5,16 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 
 from anomalib_clipad.errors import InputError
+
+if TYPE_CHECKING:
+    from openvino import Model
 
 OPSET = 18  # the oldest that torch's exporter writes itself; anomalib's 14 is tried, fails loudly and is given up
 ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -111,6 +114,18 @@ class WholeExportMixin(ExportMixin):
         kwargs |= {"input_size": input_size, "compression_type": compression_type, "datamodule": datamodule}
         export = super().to_openvino
         return _write(export_root, lambda folder: export(folder, model_file_name, **kwargs))
+
+    @staticmethod
+    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
+        # anomalib's own does not say that this is a transformer, and what comes out then is noise.
+        import nncf
+
+        if datamodule is None:
+            msg = "INT8_PTQ chooses its ranges by images; give data, such as --data MVTecAD --data.category bottle."
+            raise InputError(msg)
+        datamodule.setup("fit")
+        images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
+        return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER)
 
 
 def _check_packages(kind: str, *packages: str) -> None:

@@ -40,10 +40,7 @@ NOT_SAVED = ("model.visual.", "evaluator.")
 
 
 class ZeroShotMixin(WholeExportMixin):
-    """Class names, calibration, checkpoints and steps of a zero-shot CLIP model.
-
-    The class that uses it gives ``model``, ``class_name`` and ``hparams`` with ``backbone`` and ``pretrained``.
-    """
+    """Class names, calibration, checkpoints and steps of a zero-shot CLIP model; its user calls :meth:`adopt`."""
 
     model: "ClipAdSdpModel"
     class_name: str | None
@@ -138,13 +135,7 @@ class ZeroShotMixin(WholeExportMixin):
         """See :meth:`prepare_classes`."""
         self.prepare_classes()
 
-    def on_test_start(self) -> None:
-        """See :meth:`prepare_classes`."""
-        self.prepare_classes()
-
-    def on_predict_start(self) -> None:
-        """See :meth:`prepare_classes`."""
-        self.prepare_classes()
+    on_test_start = on_predict_start = on_validation_start
 
     def prepare_classes(self) -> None:
         """Encode the prompts of the class at hand, see :meth:`choose_class`."""

@@ -17,8 +17,8 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
     .. math:: \mathrm{score}_k = w_k c_k - \tfrac12 (w_0 c_0 + w_1 c_1)
 
     so the (B, 2, N, D) tensor of the long form is never built. For the anomalous class that is
-    :math:`f \cdot (p_1 t_1 - p_0 t_0)`: the two text vectors, which are nearly equal, are subtracted before the product,
-    so that what runs this in fewer bits loses little. Stages are summed.
+    :math:`f \cdot (p_1 t_1 - p_0 t_0)`: the two text vectors, which are nearly equal, are subtracted before the
+    product, so that what runs this in fewer bits loses little. Stages are summed.
 
     Args:
         surgery_features: One (B, N + 1, D) tensor a stage, class token first; any length.
