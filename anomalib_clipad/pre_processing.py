@@ -20,8 +20,8 @@ def bicubic_matrix(length: int, size: int, device: torch.device | None = None) -
 
     Example:
         >>> bicubic_matrix(4, 2).round(decimals=3)
-        tensor([[ 0.5090,  0.5090,  0.0530, -0.0710],
-                [-0.0710,  0.0530,  0.5090,  0.5090]])
+        tensor([[ 0.4590,  0.4590,  0.1200, -0.0370],
+                [-0.0370,  0.1200,  0.4590,  0.4590]])
     """
     steps = torch.scalar_tensor(length, dtype=torch.float32, device=device) / size
     centres = (torch.arange(size, dtype=torch.float32, device=device) + 0.5) * steps  # in pixels of the line
