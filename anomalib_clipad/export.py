@@ -110,19 +110,19 @@ class WholeExportMixin(ExportMixin):
         """
         compressor = ["nncf"] if compression_type and compression_type != CompressionType.FP16 else []
         _check_packages("openvino", "openvino", *ONNX_PACKAGES, *compressor)
+        if compression_type in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
+            msg = f"{compression_type.name} chooses its ranges by images; give a datamodule, such as --data MVTecAD."
+            raise InputError(msg)
         self.prepare_export(datamodule)
         kwargs |= {"input_size": input_size, "compression_type": compression_type, "datamodule": datamodule}
         export = super().to_openvino
         return _write(export_root, lambda folder: export(folder, model_file_name, **kwargs))
 
     @staticmethod
-    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
+    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule) -> "Model":
         # anomalib's own does not say that this is a transformer, and what comes out then is noise.
         import nncf
 
-        if datamodule is None:
-            msg = "INT8_PTQ chooses its ranges by images; give data, such as --data MVTecAD --data.category bottle."
-            raise InputError(msg)
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
         return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER)

@@ -239,6 +239,14 @@ def test_a_missing_package_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_eight_bits_without_images_are_refused(small_clip: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="INT8_PTQ chooses its ranges by images; give a datamodule"):
+        new_engine(tmp_path).export(
+            ClipAdSdp("cup", small_clip), "openvino", tmp_path / "out", compression_type=CompressionType.INT8_PTQ
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
