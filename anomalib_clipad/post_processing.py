@@ -9,10 +9,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics.aggregation import CatMetric
 
+from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.scores import MapScale, Scores
 
+STEP = 0.01  # as far below a score as its threshold may look for the next one
 
-class ClipAdPostProcessor(PostProcessor):
+
+class ClipAdPostProcessor(Float32Buffers, PostProcessor):
     """anomalib's post-processor for a model whose image score is made of two.
 
     With labelled validation data: both scores are min-max normalised over it, added and halved (the paper's image
@@ -83,6 +86,11 @@ class ClipAdPostProcessor(PostProcessor):
         for metric in (self._text_scores, self._map_scores, self._labels):
             metric.reset()
         super().on_validation_epoch_end(trainer, pl_module)
+        if self.enable_thresholding and labels.any() and not labels.all():
+            # The best threshold is an image's own score, which is to be above it, in every format and precision.
+            threshold = self._image_threshold
+            lower = torch.where(scores < threshold, scores, -torch.inf).max().clamp(min=threshold - STEP)
+            threshold.copy_((threshold + lower) / 2)
 
     def forget(self) -> None:
         """Forget thresholds and ranges, which belong to other classes."""
@@ -117,7 +125,7 @@ class ClipAdPostProcessor(PostProcessor):
             anomaly_map = torch.where(
                 self.pixel_threshold.isnan(),
                 self.map_scale.squash(anomaly_map),
-                self._normalize(anomaly_map, self.pixel_min, self.pixel_max, self.pixel_threshold),
+                self._normalize(anomaly_map, *self._range("pixel")),
             )
         return InferenceBatch(score, label, anomaly_map, mask)
 
@@ -129,6 +137,11 @@ class ClipAdPostProcessor(PostProcessor):
         sensitivity: float,
     ) -> torch.Tensor:
         threshold = getattr(self, f"{level}_threshold")
-        minimum, maximum = getattr(self, f"{level}_min"), getattr(self, f"{level}_max")
-        above = self._normalize(scores, minimum, maximum, threshold) > 1 - sensitivity
-        return above if by_rule is None else torch.where(threshold.isnan(), by_rule, above)
+        above = self._normalize(scores, *self._range(level)) > 1 - sensitivity
+        # Not torch.where, which ONNX Runtime has no implementation of for truth values.
+        return above if by_rule is None else (by_rule & threshold.isnan()) | (above & ~threshold.isnan())
+
+    def _range(self, level: str) -> tuple[torch.Tensor, ...]:
+        """Minimum, maximum and threshold; finite where unknown, since quantisers stumble over branches not taken."""
+        unknown = {"min": 0.0, "max": 1.0, "threshold": 0.5}
+        return tuple(getattr(self, f"{level}_{key}").nan_to_num(value) for key, value in unknown.items())

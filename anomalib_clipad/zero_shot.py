@@ -15,7 +15,6 @@ import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch
 from anomalib.metrics import Evaluator
-from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
@@ -24,8 +23,10 @@ from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Res
 from anomalib_clipad.components import DualPathFeatures, PromptEnsemble, fingerprint
 from anomalib_clipad.data import ReadableDataLoader
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.export import WholeExportMixin
 from anomalib_clipad.metrics import paper_evaluator
 from anomalib_clipad.post_processing import ClipAdPostProcessor
+from anomalib_clipad.pre_processing import ClipAdPreProcessor
 
 if TYPE_CHECKING:
     from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
@@ -38,11 +39,8 @@ IDENTITY = "clip_ad"  # key of our part of a checkpoint
 NOT_SAVED = ("model.visual.", "evaluator.")
 
 
-class ZeroShotMixin:
-    """Class names, calibration, checkpoints and steps of a zero-shot CLIP model.
-
-    The class that uses it gives ``model``, ``class_name`` and ``hparams`` with ``backbone`` and ``pretrained``.
-    """
+class ZeroShotMixin(WholeExportMixin):
+    """Class names, calibration, checkpoints and steps of a zero-shot CLIP model; its user calls :meth:`adopt`."""
 
     model: "ClipAdSdpModel"
     class_name: str | None
@@ -70,10 +68,10 @@ class ZeroShotMixin:
         image_size: tuple[int, int] | None = None,
         mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN,
         std: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD,
-    ) -> PreProcessor:
+    ) -> ClipAdPreProcessor:
         """Plain bicubic resize of the whole image, so that masks line up, and CLIP's normalisation."""
         resize = Resize(image_size or (240, 240), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return PreProcessor(transform=Compose([resize, Normalize(mean=mean, std=std)]))
+        return ClipAdPreProcessor(transform=Compose([resize, Normalize(mean=mean, std=std)]))
 
     @classmethod
     def components_for(
@@ -114,7 +112,9 @@ class ZeroShotMixin:
         def process(dataloader: object) -> object:
             dataloader = process_dataloader(dataloader)
             ours = trainer.lightning_module is self and ReadableDataLoader.can_wrap(dataloader)
-            return ReadableDataLoader(dataloader) if ours else dataloader
+            # Not while fitting, where the processes wait for each other at every batch.
+            each_once = trainer.state.fn != TrainerFn.FITTING
+            return ReadableDataLoader(dataloader, each_once) if ours else dataloader
 
         def load(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
             if trainer.lightning_module is self:
@@ -135,17 +135,18 @@ class ZeroShotMixin:
         """See :meth:`prepare_classes`."""
         self.prepare_classes()
 
-    def on_test_start(self) -> None:
-        """See :meth:`prepare_classes`."""
-        self.prepare_classes()
-
-    def on_predict_start(self) -> None:
-        """See :meth:`prepare_classes`."""
-        self.prepare_classes()
+    on_test_start = on_predict_start = on_validation_start
 
     def prepare_classes(self) -> None:
-        """Encode the prompts of the class at hand, unless a checkpoint has brought its text vectors."""
-        name = self.class_name or self._datamodule_class()
+        """Encode the prompts of the class at hand, see :meth:`choose_class`."""
+        self.choose_class(self.class_name or _class_of(self.trainer.datamodule))
+
+    def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
+        """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
+        self.choose_class(self.class_name or _class_of(datamodule))
+
+    def choose_class(self, name: str | None) -> None:
+        """Encode the prompts of a class, unless a checkpoint has brought its text vectors."""
         if self._restored:
             if name is not None and name not in self.model.class_names:
                 logger.warning(
@@ -165,11 +166,6 @@ class ZeroShotMixin:
             self.model.set_classes([name])
             if isinstance(self.post_processor, ClipAdPostProcessor):
                 self.post_processor.forget()
-
-    def _datamodule_class(self) -> str | None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        names = (getattr(datamodule, key, None) for key in ("category", "name"))
-        return next((name for name in names if isinstance(name, str) and name.strip()), None)
 
     def val_dataloader(self) -> list:
         """No data: lets anomalib predict and benchmark without a datamodule; a datamodule's own comes first."""
@@ -197,12 +193,23 @@ class ZeroShotMixin:
             scores = self.model.scores(batch.image, class_index)
         else:
             scores = self.model.scores_of(features, class_index)
-        if not scores.text_score.isfinite().all():
-            bad = (~scores.text_score.isfinite()).nonzero()[:, 0].tolist()
-            names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
-            logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
         batch.text_score, batch.map_score = scores.text_score, scores.map_score
         return batch.update(**self.model.predictions(scores)._asdict())
+
+    def on_validation_batch_end(self, outputs: Batch, *args: object, **kwargs: object) -> None:
+        """See :meth:`tell_not_finite`."""
+        del args, kwargs
+        self.tell_not_finite(outputs)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    @staticmethod
+    def tell_not_finite(batch: Batch) -> None:
+        """Name images that could not be scored; when a batch is done, since a device has to be waited for to know."""
+        if not batch.text_score.isfinite().all():
+            bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
+            names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
+            logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
 
     def calibrate(self) -> None:
         """Set score ranges and thresholds from validation data, as anomalib does where there is no checkpoint."""
@@ -223,6 +230,16 @@ class ZeroShotMixin:
         """Taps that came with a batch instead of its images, see :class:`anomalib_clipad.data.AuxiliaryDataModule`."""
         features = getattr(batch, "features", None)
         return features and DualPathFeatures(*([tokens.to(self.device) for tokens in taps] for taps in features))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "ZeroShotMixin":  # noqa: ANN401
+        """Build a model from a checkpoint, see :meth:`anomalib.models.components.AnomalibModule.load_from_checkpoint`.
+
+        Raises:
+            InputError: If the file is none.
+        """
+        _check_is_checkpoint(Path(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is not CLIP, and the name of the CLIP it belongs to."""
@@ -267,6 +284,11 @@ class ZeroShotMixin:
             "layers": list(self.model.visual.layers),
             "image_size": list(self.model.image_size),
         }
+
+
+def _class_of(datamodule: object) -> str | None:
+    names = (getattr(datamodule, key, None) for key in ("category", "name"))
+    return next((name for name in names if isinstance(name, str) and name.strip()), None)
 
 
 def _check_is_checkpoint(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from anomalib_clipad.components.backbone import Backbone, fingerprint, load_backbone
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
+from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.representative_vector import select_representative_vector
 from anomalib_clipad.components.scores import MapScale, Scores, text_score
@@ -13,6 +14,7 @@ __all__ = [
     "Backbone",
     "DualPathFeatures",
     "DualPathVisionTransformer",
+    "Float32Buffers",
     "GaussianSmoothing",
     "MapScale",
     "PromptEnsemble",

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from anomalib_clipad.components.surgery import margin
+
 LOGIT_SCALE = 100.0  # CLIP's own temperature
 
 
@@ -42,8 +44,8 @@ def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tenso
         tensor([0., 1.])
     """
     class_token = F.normalize(tokens[:, 0].float(), dim=-1)
-    logits = LOGIT_SCALE * (class_token[:, None] * text_features).sum(dim=-1)  # (B, 2)
-    return logits.softmax(dim=-1)[:, 1]
+    # A softmax of two is a sigmoid of their difference.
+    return (LOGIT_SCALE * (class_token[:, None] * margin(text_features)).sum(dim=-1))[:, 0].sigmoid()
 
 
 class MapScale(NamedTuple):

@@ -1,8 +1,8 @@
 """Gaussian smoothing of anomaly maps, equal to scipy's ``gaussian_filter`` that the authors use."""
 
 import torch
-from torch import nn
 
+from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.errors import InputError
 
 TRUNCATE = 4.0  # radius of the kernel in standard deviations, scipy's default
@@ -40,7 +40,7 @@ def gaussian_matrix(size: int, sigma: float) -> torch.Tensor:
     return matrix.scatter_add_(1, positions, weights.expand(size, -1))
 
 
-class GaussianSmoothing(nn.Module):
+class GaussianSmoothing(Float32Buffers):
     """Smooths maps of one size, as ``scipy.ndimage.gaussian_filter(map, sigma)`` does, on any device.
 
     Two small matrix products: no kernel larger than the map, no padding, nothing to unroll when exported.

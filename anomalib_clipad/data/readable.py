@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from anomalib.data import Batch, DatasetItem
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision.tv_tensors import Image as ImageTensor
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class ReadableDataLoader(DataLoader):
 
     Args:
         dataloader: A loader over one of anomalib's datasets, which is left as it is.
+        each_once: Whether several processes share the items without repeating some to get equal numbers, which
+            Lightning does outside prediction and which would count some images twice.
 
     Example:
         >>> from anomalib.data import PredictDataset
@@ -40,10 +43,10 @@ class ReadableDataLoader(DataLoader):
         (3, 2)
     """
 
-    def __init__(self, dataloader: DataLoader) -> None:
+    def __init__(self, dataloader: DataLoader, each_once: bool = False) -> None:
         super().__init__(
             _ReadableDataset(dataloader.dataset),
-            batch_sampler=dataloader.batch_sampler,
+            batch_sampler=_unrepeated(dataloader.batch_sampler) if each_once else dataloader.batch_sampler,
             num_workers=dataloader.num_workers,
             collate_fn=_SkippingCollate(dataloader.collate_fn),
             pin_memory=dataloader.pin_memory,
@@ -69,6 +72,14 @@ class ReadableDataLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the readable images."""
         return (batch for batch in super().__iter__() if batch is not None)
+
+
+def _unrepeated(batches: BatchSampler) -> BatchSampler:
+    padded = getattr(batches, "sampler", None)
+    if type(padded) is not DistributedSampler:
+        return batches
+    sampler = UnrepeatedDistributedSampler(padded.dataset, padded.num_replicas, padded.rank, shuffle=False)
+    return BatchSampler(sampler, batches.batch_size, drop_last=False)
 
 
 class _ReadableDataset(Dataset):

@@ -15,6 +15,7 @@ from anomalib_clipad.components import (
     Backbone,
     DualPathFeatures,
     DualPathVisionTransformer,
+    Float32Buffers,
     GaussianSmoothing,
     PromptEnsemble,
     TextEncoder,
@@ -29,7 +30,7 @@ from anomalib_clipad.errors import InputError
 PAPER_SIGMA, PAPER_SIZE = 8.0, 240  # the smoothing belongs to this input size
 
 
-class ClipAdSdpModel(nn.Module):
+class ClipAdSdpModel(Float32Buffers):
     """SDP: staged dual path, feature surgery and text vectors chosen by RVS.
 
     Args:
@@ -61,6 +62,7 @@ class ClipAdSdpModel(nn.Module):
     text_features: torch.Tensor
     score_min: torch.Tensor
     score_max: torch.Tensor
+    text_encoder: TextEncoder | None  # none in an exported model
     with_original = False  # whether the original path's taps are needed
 
     def __init__(
@@ -111,10 +113,13 @@ class ClipAdSdpModel(nn.Module):
             class_names: What can be in the images; an image's ``class_index`` counts them from 0.
 
         Raises:
-            InputError: If there is none, or one is empty.
+            InputError: If there is none, one is empty, or the model was exported, which leaves the text tower out.
         """
         if isinstance(class_names, str) or not class_names:
             msg = f"class_names must be a list of at least one name, got {class_names!r}."
+            raise InputError(msg)
+        if self.text_encoder is None:
+            msg = f"This model was exported for {', '.join(self.class_names)}; export one for {', '.join(class_names)}."
             raise InputError(msg)
         vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
         self.text_features = torch.stack(vectors).to(self.text_features.device)
@@ -197,8 +202,9 @@ class ClipAdSdpModel(nn.Module):
     def image_score(self, scores: Scores) -> torch.Tensor:
         """One score an image, (B,): text score and map score, normalised and halved."""
         both = torch.stack([scores.text_score, scores.map_score], dim=-1)
-        extent = self.score_max - self.score_min
-        normalised = (both - self.score_min) / torch.where(extent > 0, extent, 1.0)
+        minimum, maximum = self.score_min.nan_to_num(), self.score_max.nan_to_num()  # as in the post-processor
+        extent = maximum - minimum
+        normalised = (both - minimum) / torch.where(extent > 0, extent, 1.0)
         by_rule = torch.stack([scores.text_score, self.map_scale.squash(scores.map_score)], dim=-1)
         return torch.where(self.score_min.isnan(), by_rule, normalised).mean(dim=-1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from anomalib import LearningType
 from anomalib.callbacks.checkpoint import ModelCheckpoint
-from anomalib.data import Batch, ImageBatch
+from anomalib.data import AnomalibDataModule, Batch, ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
@@ -200,6 +200,11 @@ class ClipAdSdpPlus(ZeroShotMixin, AnomalibModule):
             logger.warning(
                 "The layers were trained on %s: what they score there is not a zero-shot result.", ", ".join(seen)
             )
+
+    def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
+        """Refuse to export layers that nobody trained."""
+        self._check_trained()
+        super().prepare_export(datamodule)
 
     def _check_trained(self) -> None:
         if not self.trained:

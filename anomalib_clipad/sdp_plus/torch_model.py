@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from anomalib_clipad.components import DualPathFeatures
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale
+from anomalib_clipad.components.surgery import margin
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
 from anomalib_clipad.sdp_plus.loss import dice_loss, focal_loss
 
@@ -47,8 +48,7 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         """SDP's map plus the layers' anomalous probabilities, (B, H, W)."""
         total = super().map_before_smoothing(features, text_features)
         for logits in self.patch_logits(features.original, text_features):
-            # A softmax of two is a sigmoid of their difference, which is one map to enlarge instead of two.
-            total = total + self._enlarge(logits[:, 1:] - logits[:, :1])[:, 0].sigmoid()
+            total = total + self._enlarge(logits)[:, 0].sigmoid()
         return total
 
     def loss(
@@ -80,15 +80,19 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         Returns:
             One (B, 2, H, W) tensor a tap, normal and anomalous probability of each pixel, in float32.
         """
-        return [self._enlarge(logits).softmax(dim=1) for logits in self.patch_logits(original, text_features)]
+        maps = [self._enlarge(logits) for logits in self.patch_logits(original, text_features)]
+        return [torch.cat([-logits, logits], dim=1).sigmoid() for logits in maps]
 
     def patch_logits(self, original: list[torch.Tensor], text_features: torch.Tensor) -> list[torch.Tensor]:
-        """What each layer thinks of every patch: one (B, 2, rows, columns) tensor a tap, normal and anomalous logit."""
-        text = text_features.float().expand(original[0].shape[0], -1, -1)
+        """How anomalous each layer finds every patch: one (B, 1, rows, columns) tensor a tap.
+
+        A softmax of two is a sigmoid of their difference: one map to enlarge instead of two, and see :func:`margin`.
+        """
+        text = margin(text_features.float()).expand(original[0].shape[0], -1, -1)  # (B, 1, D)
         taps = []
         for layer, tokens in zip(self.adapter, original, strict=True):
             patches = F.linear(tokens[:, 1:].float(), layer.weight.float(), layer.bias.float())  # (B, N, D)
-            logits = LOGIT_SCALE * F.normalize(patches, dim=-1) @ text.transpose(1, 2)  # (B, N, 2)
+            logits = LOGIT_SCALE * F.normalize(patches, dim=-1) @ text.transpose(1, 2)  # (B, N, 1)
             taps.append(logits.transpose(1, 2).unflatten(2, self.grid))
         return taps
 

@@ -1,0 +1,158 @@
+"""Export to files that are whole or not there at all, with everything but the text tower baked in."""
+
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from anomalib.data import AnomalibDataModule
+from anomalib.deploy import CompressionType
+from anomalib.models.components.base.export_mixin import ExportMixin
+
+from anomalib_clipad.errors import InputError
+
+if TYPE_CHECKING:
+    from openvino import Model
+
+OPSET = 18  # the oldest that torch's exporter writes itself; anomalib's 14 is tried, fails loudly and is given up
+ONNX_PACKAGES = ("onnx", "onnxscript")
+ROOM = 1 << 20  # bytes free on a disk that is not the reason why a file could not be written
+WRITERS = ("inline_container", "iostream error")  # how torch and OpenVINO word that they could not write
+
+
+class WholeExportMixin(ExportMixin):
+    """anomalib's three exports, for a model that has text vectors to bake in.
+
+    Files are written beside their place and moved there when they are complete. A model that cannot be used yet, a
+    package that is missing and a folder that cannot be written to are told in a sentence.
+    """
+
+    def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
+        """Have ready what is baked in, or say why it cannot be; for the models to fill."""
+        raise NotImplementedError
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Write a file for :class:`anomalib.deploy.TorchInferencer`.
+
+        Args:
+            export_root: Folder for ``weights/torch/model.pt``.
+            model_file_name: Another name than model.
+
+        Returns:
+            The file.
+
+        Raises:
+            InputError: If the model is untrained, or the file cannot be written.
+        """
+        self.prepare_export()
+        encoder, self.model.text_encoder = self.model.text_encoder, None  # the text tower has done its work
+        try:
+            return _write(export_root, lambda folder: super(WholeExportMixin, self).to_torch(folder, model_file_name))
+        finally:
+            self.model.text_encoder = encoder
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401 - as anomalib has it
+    ) -> Path:
+        """Write an ONNX file: images in [0, 1] in; pred_score, pred_label, anomaly_map, pred_mask out.
+
+        Args:
+            export_root: Folder for ``weights/onnx/model.onnx`` and its weights, ``model.onnx.data``.
+            model_file_name: Another name than model.
+            input_size: Height and width of the images, where all have the same. By default any: they are resized as
+                the engine does it, within the model. The number of images is free in either case.
+            **kwargs: See :func:`torch.onnx.export`.
+
+        Returns:
+            The file.
+
+        Raises:
+            InputError: If the model is untrained, a package is missing, or the file cannot be written.
+        """
+        _check_packages("onnx", *ONNX_PACKAGES)
+        self.prepare_export()
+        kwargs.setdefault("opset_version", OPSET)
+        kwargs.setdefault("verbose", False)
+        export = super().to_onnx
+        return _write(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        **kwargs: Any,  # noqa: ANN401 - handed on to anomalib
+    ) -> Path:
+        """Write OpenVINO's pair of files; inputs and outputs are those of :meth:`to_onnx`.
+
+        Args:
+            export_root: Folder for ``weights/openvino/model.xml`` and ``model.bin``.
+            model_file_name: Another name than model.
+            input_size: See :meth:`to_onnx`.
+            compression_type: FP16 or INT8 weights, INT8_PTQ or INT8_ACQ arithmetic. The last two need input_size left
+                at its default, or equal to the model's own: OpenVINO 2026.4 cannot run them otherwise.
+            datamodule: Images by which INT8_PTQ and INT8_ACQ choose their ranges.
+            **kwargs: See :class:`anomalib.models.components.base.export_mixin.ExportMixin`.
+
+        Returns:
+            The ``.xml`` file.
+
+        Raises:
+            InputError: If the model is untrained, a package is missing, or the files cannot be written.
+        """
+        compressor = ["nncf"] if compression_type and compression_type != CompressionType.FP16 else []
+        _check_packages("openvino", "openvino", *ONNX_PACKAGES, *compressor)
+        if compression_type in {CompressionType.INT8_PTQ, CompressionType.INT8_ACQ} and datamodule is None:
+            msg = f"{compression_type.name} chooses its ranges by images; give a datamodule, such as --data MVTecAD."
+            raise InputError(msg)
+        self.prepare_export(datamodule)
+        kwargs |= {"input_size": input_size, "compression_type": compression_type, "datamodule": datamodule}
+        export = super().to_openvino
+        return _write(export_root, lambda folder: export(folder, model_file_name, **kwargs))
+
+    @staticmethod
+    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule) -> "Model":
+        # anomalib's own does not say that this is a transformer, and what comes out then is noise.
+        import nncf
+
+        datamodule.setup("fit")
+        images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
+        return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER)
+
+
+def _check_packages(kind: str, *packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        msg = f"Export to {kind} needs {' and '.join(missing)}; pip install 'anomalib[openvino]' brings all of it."
+        raise InputError(msg)
+
+
+def _write(export_root: Path | str, export: Callable[[Path], Path]) -> Path:
+    """Export to a folder beside the place, then move; the model's graph comes last, when its weights are there."""
+    root = Path(export_root)
+    draft: Path | None = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=root, prefix=".export-") as name:
+            draft = Path(name)
+            written = export(draft)
+            place = root / written.parent.relative_to(draft)
+            place.mkdir(parents=True, exist_ok=True)
+            for file in sorted(written.parent.iterdir(), key=lambda file: file == written):
+                file.replace(place / file.name)
+            return place / written.name
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not any(mark in str(error) for mark in WRITERS):
+            raise
+        full = draft is not None and shutil.disk_usage(root).free < ROOM
+        reason = "no space left on the device" if full else str(error).strip().splitlines()[0]
+        msg = f"The export could not be written to {root} ({reason}); make room there, or choose another export_root."
+        raise InputError(msg) from error

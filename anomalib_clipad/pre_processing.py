@@ -1,0 +1,76 @@
+"""From a picture of any size to the model's input, the same in the engine and in exported files."""
+
+import torch
+from anomalib.pre_processing import PreProcessor
+from torchvision.transforms.v2 import InterpolationMode, Resize
+
+CUBIC = -0.5  # the kernel's parameter where Pillow and torch smooth against aliasing
+
+
+def bicubic_matrix(length: int, size: int, device: torch.device | None = None) -> torch.Tensor:
+    """Antialiased bicubic resizing of a line of ``length`` values as a matrix.
+
+    Args:
+        length: Length of the line; may be a symbol while a model is exported.
+        size: Length wanted.
+        device: Where the matrix is made.
+
+    Returns:
+        (size, length) in float32; every row sums to 1.
+
+    Example:
+        >>> bicubic_matrix(4, 2).round(decimals=3)
+        tensor([[ 0.4590,  0.4590,  0.1200, -0.0370],
+                [-0.0370,  0.1200,  0.4590,  0.4590]])
+    """
+    steps = torch.scalar_tensor(length, dtype=torch.float32, device=device) / size
+    centres = (torch.arange(size, dtype=torch.float32, device=device) + 0.5) * steps  # in pixels of the line
+    pixels = torch.arange(length, dtype=torch.float32, device=device) + 0.5
+    x = ((pixels - centres[:, None]) / steps.clamp(min=1)).abs()
+    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
+    far = ((CUBIC * x - 5 * CUBIC) * x + 8 * CUBIC) * x - 4 * CUBIC
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+class ClipAdPreProcessor(PreProcessor):
+    """anomalib's pre-processor, whose exported form resizes as the engine does.
+
+    anomalib turns antialiasing off where a model is exported, since no format knows it, and a large picture then comes
+    out as another one. Two matrix products are the same resize and known to every format.
+
+    Args:
+        transform: Resize and normalisation, see :class:`anomalib.pre_processing.PreProcessor`.
+
+    Example:
+        >>> images, resize = torch.rand(1, 3, 50, 70), Resize((32, 32), InterpolationMode.BICUBIC, antialias=True)
+        >>> torch.allclose(ClipAdPreProcessor(resize)(images), resize(images), atol=1e-5)
+        True
+    """
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Prepare images outside the engine.
+
+        Args:
+            batch: (B, 3, height, width) in [0, 1], of any size.
+
+        Returns:
+            The model's input.
+        """
+        if self.transform is None:
+            return batch
+        for step in getattr(self.transform, "transforms", [self.transform]):
+            batch = _resize(batch, *step.size) if _is_antialiased(step) else step(batch)
+        return batch
+
+
+def _is_antialiased(step: object) -> bool:
+    bicubic = isinstance(step, Resize) and step.interpolation == InterpolationMode.BICUBIC
+    return bicubic and step.antialias and step.max_size is None and len(step.size) == 2
+
+
+def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    rows = bicubic_matrix(images.shape[-2], height, images.device)
+    columns = bicubic_matrix(images.shape[-1], width, images.device)
+    # One pile of planes: OpenVINO and its quantiser take what directly follows a product for the product's bias.
+    return (rows @ images.flatten(0, 1) @ columns.T).unflatten(0, images.shape[:2])

@@ -1,0 +1,65 @@
+"""Fewer bits than float32: maps stay, and what needs float32 keeps it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.engine import Engine
+
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad.sdp_plus import save_adapter
+
+from .conftest import make_clip
+
+
+def build(name: str, small_clip: str, root: Path) -> ClipAdSdp:
+    if name == "ClipAdSdp":
+        return ClipAdSdp("widget", small_clip, post_processor=False, visualizer=False)
+    torch.manual_seed(3)
+    save_adapter(ClipAdSdpPlus(backbone=small_clip).model.adapter, root / "adapter.safetensors")
+    return ClipAdSdpPlus(
+        str(root / "adapter.safetensors"), "widget", small_clip, post_processor=False, visualizer=False
+    )
+
+
+def maps(model: ClipAdSdp, category: Path, root: Path, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw maps and image scores of all test images, as the engine computes them."""
+    engine = Engine(
+        default_root_dir=root,
+        logger=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+        devices=1,
+        precision=precision,
+    )
+    batches = engine.predict(model, data_path=category / "test")
+    return torch.cat([batch.anomaly_map for batch in batches]), torch.cat([batch.pred_score for batch in batches])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed", "16-true"])
+@pytest.mark.parametrize("name", ["ClipAdSdp", "ClipAdSdpPlus"])
+def test_maps_agree_with_float32(small_clip: str, category: Path, tmp_path: Path, name: str, precision: str) -> None:
+    expected, scores = maps(build(name, small_clip, tmp_path), category, tmp_path, "32-true")
+    ours, our_scores = maps(build(name, small_clip, tmp_path), category, tmp_path, precision)
+    assert not torch.equal(ours, expected), "the precision was not used"
+    assert ours.dtype == our_scores.dtype == torch.float32
+    extent = expected.max() - expected.min()
+    assert (ours - expected).abs().max() < 2e-2 * extent
+    assert (our_scores - scores).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_surgery_and_softmax_stay_in_float32(dtype: torch.dtype) -> None:
+    """Taps of few bits lose no more than their own rounding on the way to a map."""
+    from anomalib_clipad.components import DualPathFeatures
+    from anomalib_clipad.sdp import ClipAdSdpModel
+
+    model = ClipAdSdpModel(clip=make_clip(), class_names=["widget"], rvs="mean")
+    taps = model.visual(torch.rand(3, 3, 32, 32))
+    rounded = DualPathFeatures(*([tokens.to(dtype) for tokens in path] for path in taps))
+    widened = DualPathFeatures(*([tokens.float() for tokens in path] for path in rounded))
+    with torch.autocast("cpu", dtype=dtype):
+        ours = model.scores_of(rounded)
+    for a, b in zip(ours, model.scores_of(widened), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
