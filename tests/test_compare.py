@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,6 +162,7 @@ def test_a_failed_job_costs_only_itself_and_is_told(compared: tuple[Path, str]) 
 def test_the_screen_shows_a_bar_and_not_every_step(compared: tuple[Path, str]) -> None:
     _, shown = compared
     assert "8/8" in shown
+    assert re.search(r"SDP +│ +[\d.]+ +│", shown)
     assert "Running validation" not in shown.split("8 jobs", 1)[1]
 
 
@@ -276,10 +278,12 @@ def test_missing_data_and_downloads_are_said_before_the_start(data_root: Path, t
         preflight(jobs(configuration(data_root, [SDP], ("valve",)), tmp_path))
     monkey = pytest.MonkeyPatch()
     monkey.setenv("HOME", str(tmp_path))
-    lines = preflight(jobs(configuration(data_root, [SDP]), tmp_path))
+    pretrained = {"class_path": "Patchcore", "init_args": {"backbone": "resnet18"}}
+    lines = preflight(jobs(configuration(data_root, [SDP, pretrained, PATCHCORE]), tmp_path))
     monkey.undo()
-    assert lines[0] == "2 jobs, 0 of them done."
+    assert lines[0] == "6 jobs, 0 of them done."
     assert "laion400m_e31 of ViT-B-16-plus-240 will be downloaded (800 MB)" in lines[1]
+    assert lines[2:] == ["The weights of resnet18 for Patchcore will be downloaded (47 MB)."]
 
 
 @pytest.mark.parametrize(

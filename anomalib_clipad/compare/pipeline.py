@@ -1,21 +1,27 @@
 """``anomalib compare``: any models of anomalib side by side, zero-shot ones included."""
 
 import argparse
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
+import anomalib.models
 import open_clip
+import timm
 import torch
 import yaml
 from anomalib.pipelines.components.base import Pipeline, Runner
 from anomalib.utils.logging import redirect_logs
+from huggingface_hub import try_to_load_from_cache
 from open_clip.pretrained import get_pretrained_cfg
 from rich.console import Console
+from rich.table import Table
 
+from anomalib_clipad.compare.evaluator import METRICS
 from anomalib_clipad.compare.generator import CompareJobGenerator
 from anomalib_clipad.compare.job import CompareJob
-from anomalib_clipad.compare.report import write_report
+from anomalib_clipad.compare.report import mean_table, write_report
 from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
 from anomalib_clipad.components.backbone import find_cached
 from anomalib_clipad.errors import InputError
@@ -72,7 +78,8 @@ class Compare(Pipeline):
                 logging.root.removeHandler(handler)
         rows = runner.run(settings)
         write_report(output, rows, title=yaml.safe_dump(settings, sort_keys=False))
-        Console().print(f"\nReport: {output / 'report.md'}")
+        _show(rows)
+        Console().print(f"Report: {output / 'report.md'}\nHeatmaps: {output / 'examples'}")
         return rows
 
 
@@ -110,7 +117,35 @@ def preflight(jobs: list[CompareJob]) -> list[str]:
             lines.append(
                 f"The weights {tag} of {backbone} will be downloaded ({CLIP_SIZES.get(backbone, 'size unknown')})."
             )
-    return lines
+    return lines + sorted({line for job in waiting if (line := _timm_download(job.model_config))})
+
+
+def _timm_download(config: dict[str, Any]) -> str | None:
+    """Says what a model with a backbone of timm's, as PatchCore has one, will fetch."""
+    kind = getattr(anomalib.models, config["class_path"].rpartition(".")[2], None)
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items()} if kind else {}
+    arguments = {**defaults, **(config.get("init_args") or {})}
+    backbone = arguments.get("backbone")
+    if arguments.get("pre_trained") is not True or not isinstance(backbone, str) or not timm.is_model(backbone):
+        return None
+    name = (timm.get_pretrained_cfg(backbone) or timm.models.PretrainedCfg()).hf_hub_id
+    files = ("model.safetensors", "pytorch_model.bin")
+    if not name or any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        return None
+    with torch.device("meta"):
+        size = sum(p.numel() for p in timm.create_model(backbone).parameters()) * 4 / 1e6
+    return f"The weights of {backbone} for {kind.__name__} will be downloaded ({size:.0f} MB)."
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """The means on the screen, if anything was measured."""
+    means = mean_table(rows)
+    if means.empty:
+        return
+    table = Table("mean over categories, %", *(METRICS[name] for name in means))
+    for model, values in means.iterrows():
+        table.add_row(str(model), *(f"{100 * value:.1f}" for value in values))
+    Console().print(table)
 
 
 def _missing_data(job: CompareJob) -> list[str]:

@@ -47,8 +47,7 @@ def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", publ
     table = pd.DataFrame(rows)
     write_whole(output / "results.csv", _flat(table).to_csv(index=False).encode())
     write_whole(output / "results.json", json.dumps(rows, indent=1, default=str).encode())
-    done = table[table["error"].isna()] if "error" in table else table
-    metrics = [name for name in METRICS if name in done and done[name].notna().any()]
+    done, metrics = _done(table)
     if metrics:
         pictures.draw_means(output / "means.png", _means(done, metrics))
         pictures.draw_categories(output / "per_category.png", done, metrics)
@@ -63,8 +62,31 @@ def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", publ
     write_whole(output / "report.md", text.encode())
 
 
+def mean_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Plain means over the categories.
+
+    Args:
+        rows: As :func:`write_report` takes them.
+
+    Returns:
+        A row a model, in the order of the configuration; a column a metric that was measured, in [0, 1].
+
+    Example:
+        >>> rows = [{"model": "SDP", "category": name, "image_AUROC": 0.5} for name in ("nut", "bolt")]
+        >>> mean_table(rows).to_dict()
+        {'image_AUROC': {'SDP': 0.5}}
+    """
+    done, metrics = _done(pd.DataFrame(rows))
+    return _means(done, metrics)
+
+
+def _done(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The jobs that did not fail, and the metrics measured."""
+    done = table[table["error"].isna()] if "error" in table else table
+    return done, [name for name in METRICS if name in done and done[name].notna().any()]
+
+
 def _means(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """Plain mean over the categories, a row a model, in the order of the configuration."""
     return done.groupby("model", sort=False)[metrics].mean()
 
 
