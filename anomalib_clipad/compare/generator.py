@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import get_datamodule
 from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator
 from anomalib_clipad.compare.job import CompareJob
-from anomalib_clipad.data.auxiliary import categories_on_disk
+from anomalib_clipad.data.auxiliary import build_datamodule, categories_on_disk
 from anomalib_clipad.errors import InputError
 
 
@@ -92,7 +91,7 @@ def _data(entries: object) -> Iterator[dict[str, Any] | None]:
         arguments = dict(config.get("init_args", {}))
         if arguments.get("category") == "all":
             arguments.pop("category")
-            names = categories_on_disk(get_datamodule({"data": {**config, "init_args": arguments}}))
+            names = categories_on_disk(build_datamodule({**config, "init_args": arguments}))
             if not names:
                 msg = f"No category of {config['class_path']} is on disk under {arguments.get('root', 'its root')}."
                 raise InputError(msg)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, get_datamodule
+from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule, get_model
 from anomalib.pipelines.components import Job
@@ -25,6 +25,7 @@ from anomalib.utils.logging import LoggerRedirectError, hide_output
 from lightning.pytorch import seed_everything
 
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
+from anomalib_clipad.data.auxiliary import build_datamodule
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class CompareJob(Job):
     def _measure(self, task_id: int | None) -> dict[str, Any]:
         seed_everything(self.seed, verbose=False)
         _reset_peak_memory()
-        data: AnomalibDataModule | None = get_datamodule({"data": dict(self.data_config)}) if self.data_config else None
+        data: AnomalibDataModule | None = build_datamodule(self.data_config) if self.data_config else None
         model: AnomalibModule = get_model(dict(self.model_config))
         model.evaluator = model.visualizer = None
         if getattr(model, "class_name", "") is None and data is not None:

@@ -6,7 +6,8 @@ CLIP-AD (arXiv 2311.00453), section 4: train on the test split of VisA to test o
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class AuxiliaryDataModule(AnomalibDataModule):
     ) -> None:
         super().__init__(train_batch_size, eval_batch_size, num_workers, seed=seed)
         sources = datamodules if isinstance(datamodules, list) else [datamodules]
-        self.datamodules = [s if isinstance(s, AnomalibDataModule) else get_datamodule({"data": s}) for s in sources]
+        self.datamodules = [s if isinstance(s, AnomalibDataModule) else build_datamodule(s) for s in sources]
         if not self.datamodules:
             msg = "datamodules is empty; name at least one data set to train on."
             raise InputError(msg)
@@ -245,6 +246,30 @@ def _test_split(datamodule: AnomalibDataModule) -> AnomalibDataset:
 
 def _has_mask(path: object) -> bool:
     return isinstance(path, str | Path) and bool(str(path)) and Path(path).is_file()
+
+
+def build_datamodule(config: Mapping[str, Any]) -> AnomalibDataModule:
+    """Build a data module: anomalib's by its name, anybody's by its full path.
+
+    Args:
+        config: ``class_path`` and, if wanted, ``init_args``.
+
+    Raises:
+        InputError: If a class of another package cannot be imported; anomalib words its own errors.
+
+    Example:
+        >>> build_datamodule({"class_path": "anomalib_clipad.data.DemoTextures"}).category
+        'linen'
+    """
+    package, _, name = config["class_path"].rpartition(".")
+    if not package or package.partition(".")[0] == "anomalib":
+        return get_datamodule({"data": dict(config)})
+    try:
+        kind = getattr(import_module(package), name)
+    except (ImportError, AttributeError) as error:
+        msg = f"There is no data module {config['class_path']} ({error}); give the full path of its class."
+        raise InputError(msg) from error
+    return kind(**config.get("init_args", {}))
 
 
 def categories_on_disk(datamodule: AnomalibDataModule) -> list[str]:

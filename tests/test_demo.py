@@ -1,0 +1,196 @@
+"""The demonstration: its pictures, and what its backbone has learned, on surfaces that it never saw."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from anomalib.data.utils import read_image
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torchvision.transforms.v2.functional import normalize, resize
+
+from anomalib_clipad import InputError
+from anomalib_clipad.components.backbone import DEMO_FOLDER
+from anomalib_clipad.components.scores import Scores
+from anomalib_clipad.data import AuxiliaryDataModule, DemoTextures
+from anomalib_clipad.data.defects import DEFECTS
+from anomalib_clipad.data.demo_textures import write_category
+from anomalib_clipad.data.textures import HELD_OUT, TRAINING, VALIDATION
+from anomalib_clipad.sdp import ClipAdSdpModel
+from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel, load_adapter
+
+CATEGORIES = ("capsule", "gravel", "tread plate")
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(scope="module")
+def textures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("textures")
+    for name in CATEGORIES:
+        write_category(root, name)
+    return root
+
+
+def test_pictures_are_the_same_everywhere(textures: Path, tmp_path: Path) -> None:
+    write_category(tmp_path, "gravel")
+
+    def digests(root: Path) -> dict[str, str]:
+        files = sorted((root / "gravel").rglob("*.png"))
+        return {
+            str(f.relative_to(root)): hashlib.sha256(np.asarray(Image.open(f)).tobytes()).hexdigest() for f in files
+        }
+
+    assert digests(tmp_path) == digests(textures)
+    assert len(digests(tmp_path)) == 12 + 10 + 2 * 3 * len(DEFECTS)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_defect_is_where_its_mask_says_and_can_be_seen(textures: Path) -> None:
+    """Against the surface around it, as far as a mean colour tells."""
+    for name in CATEGORIES:
+        for mask_path in (textures / name / "ground_truth").rglob("*.png"):
+            mask = np.asarray(Image.open(mask_path)) > 0
+            image = textures / name / "test" / mask_path.parent.name / mask_path.name.replace("_mask", "")
+            picture = np.asarray(Image.open(image)).astype(float) / 255
+            assert 4e-4 < mask.mean() < 0.12, mask_path
+            shape = np.abs(picture[mask] - np.median(picture, axis=(0, 1))).max()
+            assert shape > 0.1, image
+
+
+def test_the_data_module_is_anomalibs_own(tmp_path: Path) -> None:
+    data = DemoTextures(root=tmp_path, category="gravel", num_workers=0, eval_batch_size=4)
+    data.prepare_data()
+    data.setup()
+    labels = data.test_data.samples.label_index
+    assert (len(data.train_data), int((labels == 0).sum()), int((labels == 1).sum())) == (12, 10, 24)
+    assert next(iter(data.test_dataloader())).gt_mask.shape[-2:] == (256, 256)
+    with pytest.raises(InputError, match="category must be one of .*linen.*got 'lace'"):
+        DemoTextures(category="lace")
+
+
+def test_nothing_held_out_can_be_trained_on(tmp_path: Path) -> None:
+    data = DemoTextures(root=tmp_path)
+    assert not set(HELD_OUT) & {*data.auxiliary_categories, *TRAINING, *VALIDATION}
+    auxiliary = AuxiliaryDataModule(data, categories=["linen"], num_workers=0)
+    with pytest.raises(InputError, match="no folder of the categories linen"):
+        auxiliary.setup()
+
+
+class Judged:
+    """A category's images, masks and labels, and what a model says of them."""
+
+    def __init__(self, model: ClipAdSdpModel, root: Path, name: str) -> None:
+        paths = sorted((root / name / "test").rglob("*.png"))
+        images = torch.stack([read_image(path, as_tensor=True) for path in paths])
+        self.images = normalize(resize(images, [96, 96], interpolation=3, antialias=True), model.mean, model.std)
+        self.labels = np.array([path.parent.name != "good" for path in paths])
+        self.masks = np.zeros((len(paths), 96, 96), dtype=bool)
+        for index in self.labels.nonzero()[0]:
+            path = root / name / "ground_truth" / paths[index].parent.name / f"{paths[index].stem}_mask.png"
+            self.masks[index] = np.asarray(Image.open(path).resize((96, 96), Image.Resampling.NEAREST)) > 0
+        model.set_classes([name])
+        self.text_features = model.text_features.clone()
+        self.scores = model.scores(self.images)
+
+    def image_auroc(self, model: ClipAdSdpModel) -> float:
+        parts = (self.scores.text_score, self.scores.map_score)
+        model.set_score_range(torch.stack([p.min() for p in parts]), torch.stack([p.max() for p in parts]))
+        return roc_auc_score(self.labels, model.image_score(self.scores))
+
+    def pixel_auroc(self, scores: Scores | None = None) -> float:
+        return roc_auc_score(self.masks.ravel(), (scores or self.scores).anomaly_map.ravel())
+
+    def pixel_ap(self) -> float:
+        return average_precision_score(self.masks.ravel(), self.scores.anomaly_map.ravel())
+
+
+@pytest.fixture(scope="module")
+def sdp() -> ClipAdSdpModel:
+    return ClipAdSdpModel(backbone="demo")
+
+
+@pytest.fixture(scope="module")
+def judged(sdp: ClipAdSdpModel, textures: Path) -> list[Judged]:
+    return [Judged(sdp, textures, name) for name in CATEGORIES]
+
+
+def test_sdp_is_far_above_chance(sdp: ClipAdSdpModel, judged: list[Judged]) -> None:
+    assert np.mean([one.image_auroc(sdp) for one in judged]) > 0.75
+    assert np.mean([one.pixel_auroc() for one in judged]) > 0.75
+
+
+def test_sdp_plus_is_above_sdp(judged: list[Judged], textures: Path) -> None:
+    plus = ClipAdSdpPlusModel(backbone="demo")
+    trained_on = load_adapter(plus.adapter, "demo")
+    assert set(trained_on) == set(TRAINING)
+    sharper = [Judged(plus, textures, name) for name in CATEGORIES]
+    assert np.mean([one.pixel_auroc() for one in sharper]) > np.mean([one.pixel_auroc() for one in judged]) + 0.03
+    assert np.mean([one.pixel_ap() for one in sharper]) > 1.5 * np.mean([one.pixel_ap() for one in judged])
+
+
+def test_shuffled_text_vectors_know_nothing(sdp: ClipAdSdpModel, judged: list[Judged]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    figures = []
+    for one in judged:
+        for _ in range(12):
+            order = torch.randperm(sdp.visual.embed_dim, generator=generator)
+            sdp.text_features = one.text_features[..., order]
+            figures.append(one.pixel_auroc(sdp.scores(one.images)))
+    assert abs(np.mean(figures) - 0.5) < 0.15
+
+
+def test_normal_and_anomalous_swapped_mirror_map_and_score(sdp: ClipAdSdpModel, judged: list[Judged]) -> None:
+    one = judged[0]
+    sdp.text_features = one.text_features.flip(1)
+    swapped = sdp.scores(one.images)
+    torch.testing.assert_close(swapped.anomaly_map, -one.scores.anomaly_map, atol=1e-6, rtol=0)
+    torch.testing.assert_close(swapped.text_score, 1 - one.scores.text_score, atol=1e-6, rtol=0)
+
+
+def test_a_flipped_picture_gives_the_flipped_map_nearly(sdp: ClipAdSdpModel, judged: list[Judged]) -> None:
+    one = judged[0]
+    sdp.text_features = one.text_features
+    flipped = sdp.scores(one.images.flip(-1)).anomaly_map.flip(-1)
+    assert np.corrcoef(flipped.ravel(), one.scores.anomaly_map.ravel())[0, 1] > 0.9
+
+
+def test_it_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    ClipAdSdpModel(backbone="demo")
+    assert "not for inspection work" in caplog.text
+    assert sum(path.stat().st_size for path in DEMO_FOLDER.iterdir()) < 10e6
+
+
+def test_words_it_never_read_are_one_unknown_word(sdp: ClipAdSdpModel) -> None:
+    """So a strange name neither helps nor harms by chance."""
+    encoder = sdp.text_encoder
+    strange = encoder.encode(["a photo of a flawless zygomorphic.", "a photo of a flawless quetzal."])
+    known = encoder.encode(["a photo of a flawless wood.", "a photo of a damaged wood."])
+    towards_normal = strange @ (known[0] - known[1])
+    assert bool((towards_normal > 0).all())
+
+
+def test_the_demonstration_runs_without_a_network(tmp_path: Path) -> None:
+    config = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    config["compare"]["data"]["init_args"]["category"] = "capsule"
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(config))
+    dead = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("anomalib"), "compare", "--config", "demo.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, **dead, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = (tmp_path / "results/demo/report.md").read_text()
+    assert "Failed" not in report
+    assert all(f"| {name} |" in report for name in ("SDP", "SDP+", "PatchCore"))
+    assert (tmp_path / "results/demo/examples/capsule.png").is_file()
