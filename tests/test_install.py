@@ -51,7 +51,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "dist", "results", "*_cache"))
     done = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", source / "dist", source)
     assert done.returncode == 0, done.stderr[-3000:]
-    return next((source / "dist").glob("*.whl"))
+    built = next((source / "dist").glob("*.whl"))
+    assert built.stat().st_size < 15e6  # the demonstration's weights are in it
+    return built
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     means = mean_table(rows)
     if means.empty:
         return
-    table = Table("mean over categories, %", *(METRICS[name] for name in means))
+    table = Table("", *(METRICS[name] for name in means), title="Means over the categories, %")
     for model, values in means.iterrows():
         table.add_row(str(model), *(f"{100 * value:.1f}" for value in values))
     Console().print(table)
