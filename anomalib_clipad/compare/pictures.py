@@ -156,10 +156,9 @@ def draw_examples(output: Path, category: str, part: pd.DataFrame) -> None:
         for column, (model, array) in enumerate(arrays.items(), start=1 + has_masks):
             heat = array["maps"][array["paths"].tolist().index(path)].astype(np.float32)
             scaled = np.clip((heat - array["low"]) / max(float(array["high"] - array["low"]), 1e-12), 0, 1)
-            axes[row, column].imshow(image, extent=(0, 1, 1, 0), aspect="auto")
-            axes[row, column].imshow(
-                scaled, cmap="turbo", alpha=0.6, vmin=0, vmax=1, extent=(0, 1, 1, 0), aspect="auto"
-            )
+            axes[row, column].imshow(image)
+            frame = (0, image.width, image.height, 0)
+            axes[row, column].imshow(scaled, cmap="turbo", alpha=0.6, vmin=0, vmax=1, extent=frame)
             axes[row, column].set_xlabel(f"score {scores[model].loc[path, 'score']:.3f}", fontsize=8)
     titles = ["image", *(["ground truth"] if has_masks else []), *arrays]
     for axis, text in zip(axes[0], titles, strict=True):
