@@ -16,7 +16,7 @@ from anomalib.utils.logging import redirect_logs
 from huggingface_hub import try_to_load_from_cache
 from open_clip.pretrained import get_pretrained_cfg
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from anomalib_clipad.compare.evaluator import METRICS
 from anomalib_clipad.compare.generator import CompareJobGenerator
@@ -142,7 +142,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     means = mean_table(rows)
     if means.empty:
         return
-    table = Table("", *(METRICS[name] for name in means), title="Means over the categories, %")
+    names = Column("", min_width=min(24, max(len(str(name)) for name in means.index)))
+    table = Table(names, *(METRICS[name] for name in means), title="Means over the categories, %")
     for model, values in means.iterrows():
         table.add_row(str(model), *(f"{100 * value:.1f}" for value in values))
     Console().print(table)
