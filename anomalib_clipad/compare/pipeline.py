@@ -143,7 +143,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if means.empty:
         return
     names = Column("", min_width=min(24, max(len(str(name)) for name in means.index)))
-    table = Table(names, *(METRICS[name] for name in means), title="Means over the categories, %")
+    table = Table(names, *(METRICS[name] for name in means), title="Means over the categories, %", show_edge=False)
     for model, values in means.iterrows():
         table.add_row(str(model), *(f"{100 * value:.1f}" for value in values))
     Console().print(table)
