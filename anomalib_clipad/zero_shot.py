@@ -116,7 +116,7 @@ class ZeroShotMixin(WholeExportMixin):
             each_once = trainer.state.fn != TrainerFn.FITTING
             return ReadableDataLoader(dataloader, each_once) if ours else dataloader
 
-        def load(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        def load(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - Lightning's
             if trainer.lightning_module is self:
                 _check_is_checkpoint(Path(path))
             return load_checkpoint(path, *args, **kwargs)
@@ -232,7 +232,7 @@ class ZeroShotMixin(WholeExportMixin):
         return features and DualPathFeatures(*([tokens.to(self.device) for tokens in taps] for taps in features))
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "ZeroShotMixin":  # noqa: ANN401
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "ZeroShotMixin":  # noqa: ANN401 - Lightning's
         """Build a model from a checkpoint, see :meth:`anomalib.models.components.AnomalibModule.load_from_checkpoint`.
 
         Raises:

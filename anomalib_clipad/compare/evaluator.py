@@ -111,7 +111,7 @@ class CompareEvaluator(Evaluator):
 
     on_predict_batch_start = on_test_batch_start
 
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of on_test_batch_end
         """As in testing; without labels there is nothing to measure but time."""
         self.on_test_batch_end(*args, **kwargs)
 

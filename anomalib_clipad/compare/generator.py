@@ -10,7 +10,7 @@ from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator
 from anomalib_clipad.compare.job import CompareJob
-from anomalib_clipad.data.auxiliary import build_datamodule, categories_on_disk
+from anomalib_clipad.data.datamodules import build_datamodule, categories_on_disk
 from anomalib_clipad.errors import InputError
 
 

@@ -25,7 +25,7 @@ from anomalib.utils.logging import LoggerRedirectError, hide_output
 from lightning.pytorch import seed_everything
 
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
-from anomalib_clipad.data.auxiliary import build_datamodule
+from anomalib_clipad.data.datamodules import build_datamodule
 
 logger = logging.getLogger(__name__)
 

@@ -45,7 +45,7 @@ class DemoTextures(MVTecAD):
         (12, 34, torch.Size([3, 256, 256]))
     """
 
-    def __init__(self, root: Path | str = "./datasets/DemoTextures", category: str = "linen", **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, root: Path | str = "./datasets/DemoTextures", category: str = "linen", **kwargs: Any) -> None:  # noqa: ANN401 - MVTecAD's
         if category not in SURFACES:
             msg = f"category must be one of {', '.join(SURFACES)}, got {category!r}."
             raise InputError(msg)

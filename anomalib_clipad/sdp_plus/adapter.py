@@ -76,7 +76,7 @@ def load_adapter(layers: nn.ModuleList, path: str | Path, weights: str | None = 
     return list(metadata.get("trained_on", ()))
 
 
-def save_adapter(layers: nn.ModuleList, path: str | Path, /, **metadata: Any) -> None:  # noqa: ANN401
+def save_adapter(layers: nn.ModuleList, path: str | Path, /, **metadata: Any) -> None:  # noqa: ANN401 - any JSON
     """Save linear layers as safetensors, with what they belong to.
 
     Args:
