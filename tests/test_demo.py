@@ -11,11 +11,12 @@ import pytest
 import torch
 import yaml
 from anomalib.data.utils import read_image
+from anomalib.engine import Engine
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.transforms.v2.functional import normalize, resize
 
-from anomalib_clipad import InputError
+from anomalib_clipad import ClipAdSdp, InputError
 from anomalib_clipad.components.backbone import DEMO_FOLDER
 from anomalib_clipad.components.scores import Scores
 from anomalib_clipad.data import AuxiliaryDataModule, DemoTextures
@@ -25,7 +26,7 @@ from anomalib_clipad.data.textures import HELD_OUT, TRAINING, VALIDATION
 from anomalib_clipad.sdp import ClipAdSdpModel
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel, load_adapter
 
-CATEGORIES = ("capsule", "gravel", "tread plate")
+CATEGORIES = tuple(HELD_OUT)
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -121,8 +122,8 @@ def judged(sdp: ClipAdSdpModel, textures: Path) -> list[Judged]:
 
 
 def test_sdp_is_far_above_chance(sdp: ClipAdSdpModel, judged: list[Judged]) -> None:
-    assert np.mean([one.image_auroc(sdp) for one in judged]) > 0.75
-    assert np.mean([one.pixel_auroc() for one in judged]) > 0.75
+    assert np.mean([one.image_auroc(sdp) for one in judged]) > 0.9
+    assert np.mean([one.pixel_auroc() for one in judged]) > 0.9
 
 
 def test_sdp_plus_is_above_sdp(judged: list[Judged], textures: Path) -> None:
@@ -130,8 +131,9 @@ def test_sdp_plus_is_above_sdp(judged: list[Judged], textures: Path) -> None:
     trained_on = load_adapter(plus.requires_grad_(requires_grad=False).adapter, "demo")
     assert set(trained_on) == set(TRAINING)
     sharper = [Judged(plus, textures, name) for name in CATEGORIES]
-    assert np.mean([one.pixel_auroc() for one in sharper]) > np.mean([one.pixel_auroc() for one in judged]) + 0.01
-    assert np.mean([one.pixel_ap() for one in sharper]) > np.mean([one.pixel_ap() for one in judged])
+    assert np.mean([one.pixel_auroc() for one in sharper]) > 0.95
+    assert np.mean([one.pixel_auroc() for one in sharper]) > np.mean([one.pixel_auroc() for one in judged])
+    assert np.mean([one.pixel_ap() for one in sharper]) > np.mean([one.pixel_ap() for one in judged]) + 0.01
 
 
 def test_the_dual_path_is_far_above_the_original_path(sdp: ClipAdSdpModel, judged: list[Judged]) -> None:
@@ -171,6 +173,26 @@ def test_a_flipped_picture_gives_the_flipped_map_nearly(sdp: ClipAdSdpModel, jud
     sdp.text_features = one.text_features
     flipped = sdp.scores(one.images.flip(-1)).anomaly_map.flip(-1)
     assert np.corrcoef(flipped.ravel(), one.scores.anomaly_map.ravel())[0, 1] > 0.9
+
+
+def test_fewer_bits_give_the_same_figures(textures: Path, tmp_path: Path) -> None:
+    def figures(precision: str) -> dict[str, float]:
+        engine = Engine(
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+            devices=1,
+            precision=precision,
+        )
+        model = ClipAdSdp(backbone="demo", visualizer=False)
+        data = DemoTextures(root=textures, category="gravel", num_workers=0)
+        return engine.test(model, datamodule=data, verbose=False)[0]
+
+    exact = figures("32-true")
+    assert len(exact) == 9
+    for precision in ("bf16-true", "bf16-mixed", "16-true"):
+        assert figures(precision) == pytest.approx(exact, abs=0.005), precision
 
 
 def test_it_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:

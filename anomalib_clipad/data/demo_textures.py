@@ -10,8 +10,9 @@ import numpy as np
 from anomalib.data import MVTecAD
 from PIL import Image
 
+from anomalib_clipad.data.canvas import Style
 from anomalib_clipad.data.defects import DEFECTS, paint_defect
-from anomalib_clipad.data.textures import SURFACES, TRAINING, Style, render
+from anomalib_clipad.data.textures import SURFACES, TRAINING, render
 from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -1,113 +1,18 @@
 """Rendered materials and objects, and photographs of textures: what the demonstration is made of.
 
-Every surface is a function from a style and a random generator to a relief in [0, 1], which two colours paint.
+Every surface is a function from a canvas, that is a style and a random generator, to a relief in [0, 1], which two
+colours paint.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import skimage
 from PIL import Image
 
+from anomalib_clipad.data.canvas import Canvas, Style
+
 Relief = tuple[np.ndarray, np.ndarray | None]  # (S, S) in [0, 1], and where the object is if it does not fill the image
-
-
-class Style(NamedTuple):
-    """What the images of one category have in common.
-
-    Attributes:
-        low: Colour (3,) of the relief's valleys, in [0, 1].
-        high: Colour (3,) of its heights.
-        ground: Colour (3,) behind an object.
-        scale: Repetitions of the pattern, relative to the surface's usual number.
-        angle: Direction of the pattern in radians.
-
-    Example:
-        >>> 0.7 <= Style.random(np.random.default_rng(0)).scale <= 1.4
-        True
-    """
-
-    low: np.ndarray
-    high: np.ndarray
-    ground: np.ndarray
-    scale: float
-    angle: float
-
-    @classmethod
-    def random(cls, rng: np.random.Generator) -> "Style":
-        """Any style: mostly muted colours of one hue, as materials have."""
-        base = rng.uniform(0.2, 0.8) + rng.normal(0, 0.12, 3) * rng.choice([0.3, 1.0])
-        contrast = rng.uniform(0.12, 0.35) * rng.choice([-1, 1])
-        high = base + contrast + rng.normal(0, 0.04, 3)
-        ground = np.full(3, rng.uniform(0.02, 0.98)) + rng.normal(0, 0.03, 3)
-        if abs(ground.mean() - (base.mean() + contrast / 2)) < 0.25:
-            ground = (ground + 0.5) % 1.0
-        low, high, ground = (np.clip(colour, 0.02, 0.98) for colour in (base, high, ground))
-        return cls(low, high, ground, rng.uniform(0.7, 1.4), rng.uniform(0, np.pi))
-
-
-class Canvas:
-    """Coordinates and noise of one image; every surface draws with them.
-
-    Args:
-        size: Side of the image in pixels.
-        style: Style of the category.
-        rng: Randomness of the image.
-
-    Example:
-        >>> rng = np.random.default_rng(0)
-        >>> Canvas(32, Style.random(rng), rng).noise(8).shape
-        (32, 32)
-    """
-
-    def __init__(self, size: int, style: Style, rng: np.random.Generator) -> None:
-        self.size, self.style, self.rng = size, style, rng
-        line = (np.arange(size) + 0.5) / size - 0.5
-        self.column, self.row = np.meshgrid(line, line)
-        angle = style.angle + rng.normal(0, 0.03)
-        shift = rng.uniform(0, 1, 2)
-        # Along and across the pattern, in [-0.7, 0.7], moved at random.
-        self.x = np.cos(angle) * self.column + np.sin(angle) * self.row + shift[0]
-        self.y = -np.sin(angle) * self.column + np.cos(angle) * self.row + shift[1]
-        # For objects, that lie in the middle and are turned a little.
-        turn, move = rng.normal(0, 0.15), rng.normal(0, 0.02, 2)
-        self.u = np.cos(turn) * self.column + np.sin(turn) * self.row + move[0]
-        self.v = -np.sin(turn) * self.column + np.cos(turn) * self.row + move[1]
-
-    def noise(self, cells: float, stretch: float = 1.0) -> np.ndarray:
-        """Smooth noise in [0, 1] with so many cells to a side, drawn out in one direction by ``stretch``."""
-        rows = max(2, round(cells * self.style.scale))
-        columns = max(2, round(rows / stretch))
-        if stretch != 1.0 and np.cos(self.style.angle) ** 2 < 0.5:
-            rows, columns = columns, rows
-        values = self.rng.random((min(rows, self.size), min(columns, self.size)), dtype=np.float32)
-        return np.clip(np.asarray(Image.fromarray(values).resize((self.size,) * 2, Image.Resampling.BICUBIC)), 0, 1)
-
-    def fractal(self, cells: float, octaves: int = 4, stretch: float = 1.0) -> np.ndarray:
-        """Noise of several sizes, in [0, 1]."""
-        layers = [self.noise(cells * 2**octave, stretch) / 2**octave for octave in range(octaves)]
-        return np.sum(layers, axis=0) / (2 - 2.0 ** (1 - octaves))
-
-    def wave(self, line: np.ndarray, repeats: float) -> np.ndarray:
-        """A sine along ``line``, in [0, 1]."""
-        return 0.5 + 0.5 * np.sin(2 * np.pi * repeats * self.style.scale * line)
-
-    def cells(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Distance to the nearest of random points and to the second nearest, in cell widths, and its number."""
-        count = max(6, round(count * self.style.scale**2))
-        points = self.rng.uniform(-0.6, 0.6, (round(count * 1.44), 2)).astype(np.float32)
-        small = max(32, self.size // 3)
-        line = ((np.arange(small) + 0.5) / small - 0.5).astype(np.float32)
-        distance = np.hypot(line[:, None, None] - points[:, 0], line[None, :, None] - points[:, 1])
-        nearest = np.argpartition(distance, 1, axis=-1)[..., :2]
-        two = np.sort(np.take_along_axis(distance, nearest, axis=-1), axis=-1) * np.sqrt(count)
-
-        def enlarge(values: np.ndarray, how: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
-            return np.asarray(Image.fromarray(values.astype(np.float32)).resize((self.size,) * 2, how))
-
-        number = np.take_along_axis(nearest, np.take_along_axis(distance, nearest, -1).argsort(-1), -1)[..., 0]
-        return enlarge(two[..., 0]), enlarge(two[..., 1]), enlarge(number, Image.Resampling.NEAREST)
 
 
 def _lines(phase: np.ndarray, width: float) -> np.ndarray:
@@ -209,6 +114,87 @@ def _bricks(c: Canvas) -> Relief:
     return np.clip(0.8 - 0.8 * mortar + 0.3 * (c.fractal(10) - 0.5), 0, 1), None
 
 
+def _leaves(c: Canvas) -> Relief:
+    return c.grains(260, 0.13, 2.2), None
+
+
+def _chipboard(c: Canvas) -> Relief:
+    return 0.3 + 0.6 * c.grains(700, 0.07, 3.0, corners=4), None
+
+
+def _beans(c: Canvas) -> Relief:
+    return c.grains(500, 0.07, 1.5), None
+
+
+def _straw(c: Canvas) -> Relief:
+    return c.grains(600, 0.12, 14.0, corners=4), None
+
+
+def _granite(c: Canvas) -> Relief:
+    dark, light = c.noise(55) > 0.62, c.noise(45) > 0.6
+    return np.where(dark, 0.05, np.where(light, 0.95, 0.5)) + 0.1 * (c.noise(70) - 0.5), None
+
+
+def _mosaic(c: Canvas) -> Relief:
+    first, second, number = c.cells(130)
+    return np.where(second - first > 0.1, 0.25 + 0.75 * ((number * 0.37) % 1), 0.05), None
+
+
+def _stone_wall(c: Canvas) -> Relief:
+    first, second, number = c.cells(45)
+    stone = (0.3 + 0.45 * ((number * 0.37) % 1) + 0.4 * (c.fractal(14) - 0.5)) * np.clip(1.25 - 0.5 * first, 0, 1)
+    return np.where(second - first > 0.16, stone, 0.08 * c.noise(50)), None
+
+
+def _bark(c: Canvas) -> Relief:
+    return np.abs(2 * c.fractal(14, 3, 3) - 1) ** 0.7, None
+
+
+def _rust(c: Canvas) -> Relief:
+    return np.clip(8 * (c.fractal(6, 5) - 0.5), 0, 1) * 0.7 + 0.3 * c.noise(80), None
+
+
+def _camouflage(c: Canvas) -> Relief:
+    return 0.5 * (c.noise(7) > 0.5) + 0.35 * (c.noise(9) > 0.6) + 0.1 * c.noise(90), None
+
+
+def _basket(c: Canvas) -> Relief:
+    a, b = 6 * c.style.scale * c.x, 6 * c.style.scale * c.y
+    over = (np.floor(a) + np.floor(b)) % 2 > 0
+    strip = np.where(over, np.sin(np.pi * (a % 1)), np.sin(np.pi * (b % 1)))
+    bent = np.where(over, np.sin(np.pi * (b % 1)), np.sin(np.pi * (a % 1)))
+    return np.clip(0.9 * np.sqrt(strip) * (0.5 + 0.5 * bent) + 0.15 * c.noise(70), 0, 1), None
+
+
+def _perforated(c: Canvas) -> Relief:
+    row = 9 * c.style.scale * c.y
+    column = 9 * c.style.scale * c.x + 0.5 * (np.floor(row) % 2)
+    hole = np.hypot(column % 1 - 0.5, row % 1 - 0.5) < 0.3
+    return np.where(hole, 0.05, 0.75 + 0.25 * (c.noise(40, 12) - 0.5)), None
+
+
+def _shingles(c: Canvas) -> Relief:
+    row = 6 * c.style.scale * c.y
+    column = 6 * c.style.scale * c.x + 0.5 * (np.floor(row) % 2)
+    edge = np.hypot(column % 1 - 0.5, row % 1) / 0.9
+    return np.clip(1.1 - 0.9 * edge**2 + 0.2 * (c.noise(50) - 0.5), 0, 1), None
+
+
+def _plaster(c: Canvas) -> Relief:
+    down, right = np.gradient(c.fractal(10, 4))
+    return np.clip(0.5 + (down + right) * c.size / 20, 0, 1), None
+
+
+def _circuit(c: Canvas) -> Relief:
+    tracks = (c.noise(9, 6) > 0.6) | (c.noise(9, 1 / 6) > 0.6)
+    pads = c.wave(c.column, 8) * c.wave(c.row, 8) > 0.93
+    return np.where(pads, 1.0, np.where(tracks, 0.6, 0.15)) + 0.06 * c.noise(60), None
+
+
+def _corduroy(c: Canvas) -> Relief:
+    return c.wave(c.x, 15) ** 0.5 * (0.6 + 0.4 * c.noise(60, 1 / 4)), None
+
+
 def _washer(c: Canvas) -> Relief:
     radius = np.hypot(c.u, c.v)
     return _object(c, (radius < 0.4) & (radius > 0.17), c.wave(radius, 20))
@@ -239,6 +225,35 @@ def _card(c: Canvas) -> Relief:
 def _cap(c: Canvas) -> Relief:
     radius, around = np.hypot(c.u, c.v), np.arctan2(c.v, c.u)
     return _object(c, radius < 0.4, np.where(radius > 0.31, 0.5 + 0.5 * np.sin(40 * around), 0.5))
+
+
+def _tablet(c: Canvas) -> Relief:
+    radius = np.hypot(c.u / 1.4, c.v)
+    return _object(c, radius < 0.28, 1.5 * (np.abs(c.u) > 0.015) - radius)
+
+
+def _key(c: Canvas) -> Relief:
+    head = (np.hypot(c.u + 0.22, c.v) < 0.17) & (np.hypot(c.u + 0.27, c.v) > 0.05)
+    teeth = (np.abs(c.u - 0.3) < 0.08) & (c.v > 0) & (c.v < 0.14) & (np.sin(60 * c.u) > -0.3)
+    shaft = (np.abs(c.v) < 0.06) & (c.u > -0.1) & (c.u < 0.4)
+    return _object(c, head | shaft | teeth, np.abs(c.v) < 0.02)
+
+
+def _connector(c: Canvas) -> Relief:
+    body = (np.abs(c.u) < 0.4) & (c.v > -0.22) & (c.v < 0.12)
+    pins = (np.abs(c.u) < 0.36) & (c.v >= 0.12) & (c.v < 0.32) & (np.cos(70 * c.u) > 0.1)
+    return _object(c, body | pins, np.where(body, 0.2 + 0.3 * (np.cos(70 * c.u) > 0.6), 1.4))
+
+
+def _lid(c: Canvas) -> Relief:
+    side = np.maximum(np.abs(c.u), np.abs(c.v))
+    rounded = side + 0.4 * np.clip(np.hypot(c.u, c.v) - 0.42, 0, None)
+    return _object(c, rounded < 0.38, c.wave(side, 9))
+
+
+def _propeller(c: Canvas) -> Relief:
+    radius, around = np.hypot(c.u, c.v), np.arctan2(c.v, c.u)
+    return _object(c, (radius < 0.42 * np.abs(np.cos(1.5 * around))) | (radius < 0.12), radius < 0.1)
 
 
 def _terrazzo(c: Canvas) -> Relief:
@@ -315,12 +330,33 @@ TRAINING: dict[str, Callable[[Canvas], Relief]] = {
     "sand": _sand,
     "brick wall": _bricks,
     "brick": _photograph("brick"),
+    "fallen leaves": _leaves,
+    "chipboard": _chipboard,
+    "coffee beans": _beans,
+    "straw": _straw,
+    "granite": _granite,
+    "mosaic": _mosaic,
+    "stone wall": _stone_wall,
+    "bark": _bark,
+    "rust": _rust,
+    "camouflage": _camouflage,
+    "basket": _basket,
+    "perforated sheet": _perforated,
+    "roof shingles": _shingles,
+    "plaster": _plaster,
+    "circuit board": _circuit,
+    "corduroy": _corduroy,
     "washer": _washer,
     "button": _button,
     "gear": _gear,
     "bolt": _bolt,
     "card": _card,
     "bottle cap": _cap,
+    "tablet": _tablet,
+    "key": _key,
+    "connector": _connector,
+    "lid": _lid,
+    "propeller": _propeller,
 }
 VALIDATION: dict[str, Callable[[Canvas], Relief]] = {"terrazzo": _terrazzo, "honeycomb": _honeycomb, "coin": _coin}
 HELD_OUT: dict[str, Callable[[Canvas], Relief]] = {

@@ -1,15 +1,16 @@
 """Train the demonstration backbone: a small CLIP, from rendered textures and captions made here.
 
-    python examples/demo/train_backbone.py --output demo        # about an hour on two CPU cores, minutes on a GPU
+    python examples/demo/train_backbone.py --output demo        # 20 minutes on two CPU cores
 
 Every surface is shown flawless and broken. Captions come from the package's own prompts and paraphrases of them. The
-loss has four parts: images against captions (CLIP's own); the flawless against the broken caption of an image; whether
-a patch shows a defect, which linear heads read off the taps and are thrown away; and, lightly, that the map of SDP is
-higher on the defect than beside it. Surfaces of ``HELD_OUT`` are never rendered here; ``VALIDATION`` chooses the
-checkpoint.
+loss has four parts: images against captions (CLIP's own); the flawless against the broken caption of an image; deep
+supervision, linear heads at the four taps that are thrown away, by which the class token tells whether the image is
+broken and a patch whether it shows a defect; and that no stage of the surgery path points the wrong way. Surfaces of
+``HELD_OUT`` are never rendered here; ``VALIDATION`` chooses the checkpoint.
 """
 
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -30,8 +31,9 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from anomalib_clipad.components import DualPathVisionTransformer, PromptEnsemble, feature_surgery
+from anomalib_clipad.data.canvas import Style
 from anomalib_clipad.data.defects import DEFECTS, paint_defect
-from anomalib_clipad.data.textures import TRAINING, VALIDATION, Style, render
+from anomalib_clipad.data.textures import TRAINING, VALIDATION, render
 from anomalib_clipad.sdp import ClipAdSdpModel
 
 CONFIG = {
@@ -40,6 +42,7 @@ CONFIG = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 3},
 }
 SIZE, PATCHES, RENDERED = 96, 12, 144  # pictures are rendered larger and reduced, as real ones are
+CONTRAST = (0.1, 0.6)  # of the surfaces, up to what photographs have
 
 PROMPTS = PromptEnsemble.from_config("industrial")
 NORMAL = [*PROMPTS.normal_states, "intact {}", "pristine {}", "undamaged {}", "clean {}", "good {}", "{} in order"]
@@ -94,7 +97,7 @@ class Pictures(NamedTuple):
 def _picture(job: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
     name, seed = job
     rng = np.random.default_rng(seed)
-    whole, inside = render(name, Style.random(rng), rng, RENDERED)
+    whole, inside = render(name, Style.random(rng, CONTRAST), rng, RENDERED)
     kinds = [-1, *rng.choice(len(DEFECTS), 2, replace=False).tolist()]
     images, masks = [], []
     for kind in kinds:
@@ -226,45 +229,57 @@ def losses(
     weights: dict[str, float],
 ) -> dict[str, torch.Tensor]:
     """The parts of the loss, each a scalar, and their weighted sum."""
-    features = tower(batch.images)
+    taps = tower(batch.images)
     scale = clip.logit_scale.exp()
-    pairs = F.normalize(clip.encode_text(batch.texts.flatten(0, 1)), dim=-1).unflatten(0, (2, -1))  # (2, B, D)
-    class_token = F.normalize(features.surgery[-1][:, 0], dim=-1)  # the original path's, projected
-    parts = {}
+    texts = F.normalize(clip.encode_text(batch.texts.flatten(0, 1)), dim=-1).unflatten(0, (2, -1)).transpose(0, 1)
+    class_token = F.normalize(taps.surgery[-1][:, 0], dim=-1)  # the original path's, projected
+    margin = (class_token * (texts[:, 1] - texts[:, 0])).sum(-1)
+    parts = {
+        "contrast": contrastive(scale, class_token, texts, batch),
+        "state": F.binary_cross_entropy_with_logits(scale * margin, batch.broken),
+        **supervision([head(clip.visual.ln_post(tap)) for head, tap in zip(heads, taps.original, strict=True)], batch),
+        "sign": opposition([scale * feature_surgery([tap], texts)[:, 1:, 1] for tap in taps.surgery], batch),
+    }
+    return {**parts, "loss": sum(weights[name] * part for name, part in parts.items())}
 
-    own = torch.where(batch.broken[:, None] > 0, pairs[1], pairs[0])
+
+def contrastive(scale: torch.Tensor, class_token: torch.Tensor, texts: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """CLIP's own loss; images of one surface and state share their captions."""
+    own = torch.where(batch.broken[:, None] > 0, texts[:, 1], texts[:, 0])
     logits = scale * class_token @ own.T
     same_state = batch.broken[:, None] == batch.broken
     same_surface = batch.surfaces[:, None] == batch.surfaces
     positive = same_state & (same_surface | ~batch.named)  # an unnamed caption fits all images of its state
-    for dim in (0, 1):
-        likely = logits.log_softmax(dim).masked_fill(~positive, -math.inf).logsumexp(dim)
-        parts["contrast"] = parts.get("contrast", 0) - likely.mean() / 2
+    likely = [logits.log_softmax(dim).masked_fill(~positive, -math.inf).logsumexp(dim) for dim in (0, 1)]
+    return -torch.stack(likely).mean()
 
-    margin = (class_token * (pairs[1] - pairs[0])).sum(-1)
-    parts["state"] = F.binary_cross_entropy_with_logits(scale * margin, batch.broken)
 
-    # Tied to linear heads that are thrown away: tied to the text directly, the patches of CLIP's own path learn faster
-    # than its class token, and pull that and the surgery path the other way.
-    rare = torch.tensor(4.0, device=scale.device)  # few patches show a defect
-    parts["dense"] = 0.0
-    for head, tap in zip(heads, features.original, strict=True):
-        logits = head(clip.visual.ln_post(tap[:, 1:]))[..., 0]
-        parts["dense"] += F.binary_cross_entropy_with_logits(logits, batch.patches, pos_weight=rare) / len(heads)
+def supervision(readings: list[torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+    """Deep supervision: what the heads read off the taps, (B, N + 1, 2) each.
 
-    # Only the order counts here, in the mean over an image: a light hand, so that SDP stays what it is, training-free.
-    surgery = scale * feature_surgery(features.surgery, pairs.transpose(0, 1))[:, 1:, 1]
+    So deep and narrow a tower would not find the defects by itself in an hour.
+    """
+    rare = torch.tensor(4.0, device=batch.patches.device)  # few patches show a defect
+    whole = [F.binary_cross_entropy_with_logits(r[:, 0, 0], batch.broken) for r in readings]
+    patches = [F.binary_cross_entropy_with_logits(r[:, 1:, 1], batch.patches, pos_weight=rare) for r in readings]
+    return {"class": torch.stack(whole).mean(), "dense": torch.stack(patches).mean()}
+
+
+def opposition(maps: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+    """How far the maps of the stages, (B, N) each, point the wrong way, the paper's opposite predictions.
+
+    A stage that tells right from wrong at all is left alone.
+    """
     shows = batch.patches.sum(-1) > 0
-    inside = (surgery * batch.patches).sum(-1) / batch.patches.sum(-1).clamp(min=1)
-    outside = (surgery * (1 - batch.patches)).sum(-1) / (1 - batch.patches).sum(-1).clamp(min=1)
-    parts["map"] = F.softplus(outside - inside)[shows].mean()
-    return {**parts, "loss": sum(weights[name] * part for name, part in parts.items())}
+    defect = batch.patches[shows] / batch.patches[shows].sum(-1, keepdim=True)
+    rest = (1 - batch.patches[shows]) / (1 - batch.patches[shows]).sum(-1, keepdim=True).clamp(min=1)
+    return torch.stack([F.relu(1 - (m[shows] * (defect - rest)).sum(-1)).mean() for m in maps]).mean()
 
 
 @torch.no_grad()
 def validate(clip: open_clip.CLIP, pool: Pictures, seen: Pictures) -> dict[str, float]:
     """SDP on surfaces not trained on, and retrieval on unseen pictures of the others."""
-    clip.eval()
+    clip = copy.deepcopy(clip).eval()  # the model freezes what it is given
     device = clip.logit_scale.device
     normalise = Sampler(pool, 0, device)
     model = ClipAdSdpModel(clip=clip, tokenizer=normalise.tokenizer)
@@ -290,7 +305,6 @@ def validate(clip: open_clip.CLIP, pool: Pictures, seen: Pictures) -> dict[str, 
     images = ((seen.images[:, :2].flatten(0, 1).float() / 255 - normalise.mean) / normalise.std).to(device)
     found = (F.normalize(clip.encode_image(images), dim=-1) @ vectors.T.to(device)).argmax(-1).cpu()
     wanted = torch.tensor([2 * names.index(name) + state for name in seen.names for state in (0, 1)])
-    clip.train()
     return {
         **{name: float(np.mean(values)) for name, values in figures.items()},
         "retrieval": (found == wanted).float().mean().item(),
@@ -312,14 +326,15 @@ def draw(history: pd.DataFrame, path: Path) -> None:
     """Loss parts on the left, what was reached on the right."""
     figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in ("contrast", "state", "dense", "map"):
+    for name in ("contrast", "state", "class", "dense", "sign"):
         left.plot(history["step"], history[name], label=name)
     left.set(xlabel="step", ylabel="loss part", yscale="log")
     for name in ("image_AUROC", "pixel_AUROC", "pixel_AP", "retrieval", "surface_retrieval"):
         right.plot(history["step"], history[name], label=name.replace("_", " "))
     right.set(xlabel="step", ylabel="validation", ylim=(0, 1.02))
+    left.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))
     for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     figure.savefig(path)
@@ -329,21 +344,22 @@ def main() -> None:
     """Render, train, validate, keep the best."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo"))
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--pictures", type=int, default=16, help="surfaces in a batch, each flawless and broken")
-    parser.add_argument("--pool", type=int, default=3000, help="surfaces rendered")
-    parser.add_argument("--lr", type=float, default=1e-3, help="until the other parts begin; then four tenths, falling")
-    parser.add_argument("--every", type=int, default=150, help="steps between validations")
-    parser.add_argument("--patches-first", type=int, default=300, help="steps before the other parts of the loss")
-    parser.add_argument("--contrast", type=float, default=0.1)
-    parser.add_argument("--dense", type=float, default=2.0)
-    parser.add_argument("--map", type=float, default=0.2)
+    parser.add_argument("--pool", type=int, default=6000, help="surfaces rendered")
+    parser.add_argument("--lr", type=float, default=7e-4, help="at its highest")
+    parser.add_argument("--every", type=int, default=100, help="steps between validations")
+    parser.add_argument("--contrast", type=float, default=1.0, help="weight of this part of the loss")
+    parser.add_argument("--class-token", type=float, default=0.5, help="likewise")
+    parser.add_argument("--dense", type=float, default=1.0, help="likewise")
+    parser.add_argument("--sign", type=float, default=0.2, help="likewise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
 
     device = torch.device(arguments.device)
-    weights = {"contrast": arguments.contrast, "state": 1.0, "dense": arguments.dense, "map": arguments.map}
+    weights = {"contrast": arguments.contrast, "state": 1.0, "class": arguments.class_token, "dense": arguments.dense}
+    weights["sign"] = arguments.sign
     pool = render_pool(list(TRAINING), arguments.pool, 1_000_000 * (1 + arguments.seed))
     seen = render_pool(list(TRAINING), 4 * len(TRAINING), 7)
     unseen = render_pool(list(VALIDATION), 40 * len(VALIDATION), 100_007)
@@ -352,8 +368,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     clip = open_clip.CLIP(**CONFIG).to(device).train()
     tower = DualPathVisionTransformer(clip.visual)
-    heads = nn.ModuleList(nn.Linear(tower.width, 1) for _ in tower.layers).to(device)
+    heads = nn.ModuleList(nn.Linear(tower.width, 2) for _ in tower.layers).to(device)
     trained = torch.zeros(CONFIG["text_cfg"]["vocab_size"], dtype=torch.bool)
+    clip.logit_scale.requires_grad_(requires_grad=False).fill_(math.log(100))  # where CLIPs end, and what scores assume
     with torch.no_grad():
         clip.token_embedding.weight.mul_(0.5)
     decayed = [p for p in clip.parameters() if p.ndim >= 2 and p is not clip.token_embedding.weight]
@@ -364,25 +381,19 @@ def main() -> None:
     history, best, running = [], -1.0, []
     start = time.perf_counter()
     for step in range(1, arguments.steps + 1):
-        done = max(0, step - arguments.patches_first) / (arguments.steps - arguments.patches_first)
-        rate = arguments.lr * (0.2 + 0.2 * math.cos(math.pi * done) if done else min(step / 50, 1.0))
+        rate = arguments.lr * min(step / 100, 0.5 + 0.5 * math.cos(math.pi * step / arguments.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = sampler.batch(arguments.pictures)
         trained[batch.texts.cpu().flatten().unique()] = True
-        # Patches first: beside the other parts, whose gradients are far noisier, they would hardly learn.
-        ramp = min(1.0, max(0.0, (step - arguments.patches_first) / 100))
-        now = {name: weight if name == "dense" else ramp * weight for name, weight in weights.items()}
-        parts = losses(clip, tower, heads, batch, now)
+        parts = losses(clip, tower, heads, batch, weights)
         optimizer.zero_grad()
         parts["loss"].backward()
         optimizer.step()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
         running.append({name: part.item() for name, part in parts.items()})
         if step % arguments.every and step != arguments.steps:
             continue
-        row = {"step": step, "minutes": (time.perf_counter() - start) / 60, "scale": float(clip.logit_scale.exp())}
+        row = {"step": step, "minutes": (time.perf_counter() - start) / 60}
         row |= pd.DataFrame(running).mean().to_dict() | validate(clip, unseen, seen)
         running.clear()
         history.append(row)
