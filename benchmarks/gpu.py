@@ -25,6 +25,7 @@ from anomalib_clipad.sdp import ClipAdSdpModel
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+MODES = ["eager", "compiled"]
 MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the product that stands for what a device can do
 
 Forward = Callable[[torch.Tensor], object]
@@ -111,7 +112,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, precision: str)
         flops[name] = operations(model, torch.randn(1, 3, side, side, device=device, dtype=dtype))
         if name.startswith("SDP"):
             check_no_waiting(model, torch.randn(2, 3, side, side, device=device, dtype=dtype))
-    for mode in ("eager", "compiled"):
+    for mode in arguments.modes:
         for size in arguments.batch_sizes:
             base: float | None = None
             for name, model in models.items():
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS))
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES)
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure")
     parser.add_argument("--winclip-batch", type=int, default=32, help="largest batch for WinCLIP, whose memory grows")
     parser.add_argument("--skip-winclip", action="store_true")

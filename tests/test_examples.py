@@ -1,4 +1,4 @@
-"""The scripts in examples/, run as a reader would run them."""
+"""The scripts in examples/ and benchmarks/, run as a reader would run them."""
 
 import os
 import subprocess
@@ -9,12 +9,13 @@ from PIL import Image
 
 from .conftest import write_category
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 def run(script: str, *arguments: object, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
@@ -29,12 +30,25 @@ def run(script: str, *arguments: object, cwd: Path) -> str:
 def test_comparing_in_python(small_clip: str, tmp_path: Path) -> None:
     assert len((EXAMPLES / "compare.py").read_text().splitlines()) < 40
     write_category(tmp_path / "widget")
-    assert "report.md" in run("compare.py", tmp_path / "widget", "square", "--backbone", small_clip, cwd=tmp_path)
+    assert "report.md" in run(
+        "examples/compare.py", tmp_path / "widget", "square", "--backbone", small_clip, cwd=tmp_path
+    )
     report = (tmp_path / "results/compare_example/report.md").read_text()
     assert "Failed" not in report
     assert all(name in report for name in ("SDP dbscan", "SDP mean", "PatchCore"))
 
 
 def test_prompt_cloud_is_drawn(small_clip: str, tmp_path: Path) -> None:
-    run("prompt_cloud.py", "bottle", "--backbone", small_clip, "--output", "cloud.png", cwd=tmp_path)
+    run("examples/prompt_cloud.py", "bottle", "--backbone", small_clip, "--output", "cloud.png", cwd=tmp_path)
     assert min(Image.open(tmp_path / "cloud.png").size) > 500
+
+
+def test_gpu_benchmark_measures_the_cpu_too(small_clip: str, tmp_path: Path) -> None:
+    options = "--device cpu --batch-sizes 1 3 --seconds 0.01 --precisions float32 bf16 --modes eager --skip-winclip"
+    table = run("benchmarks/gpu.py", "--backbone", small_clip, *options.split(), cwd=tmp_path)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if " | eager | " in line
+    ]
+    wanted = [[p, n, m] for p in ("float32", "bf16") for n in ("1", "3") for m in ("encode_image", "SDP", "SDP+")]
+    assert [[row[0], row[2], row[3]] for row in rows] == wanted
+    assert all(float(row[4]) > 0 and float(row[5].removesuffix(" x")) > 0 for row in rows)
