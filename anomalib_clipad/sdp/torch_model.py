@@ -42,7 +42,8 @@ class ClipAdSdpModel(Float32Buffers):
         prompts: Prompt ensemble, see :meth:`anomalib_clipad.components.PromptEnsemble.from_config`.
         image_size: Side, or height and width, of the input in pixels; the tower's own by default.
         sigma: Standard deviation of the map's smoothing in pixels; 8 at 240 pixels by default, in proportion.
-        clip: A ready open_clip model to use instead of loading one.
+        clip: A ready open_clip model to use instead of loading one. Its vision tower is frozen and set to eval mode in
+            place: give a copy of a CLIP that is still being trained.
         tokenizer: Tokenizer of ``clip``; open_clip's standard one by default.
 
     Raises:

@@ -268,7 +268,7 @@ def supervision(readings: list[torch.Tensor], batch: Batch) -> dict[str, torch.T
 def opposition(maps: list[torch.Tensor], batch: Batch) -> torch.Tensor:
     """How far the maps of the stages, (B, N) each, point the wrong way, the paper's opposite predictions.
 
-    A stage that tells right from wrong at all is left alone.
+    A stage whose mean on the defect is a logit above its mean beside it is left alone.
     """
     shows = batch.patches.sum(-1) > 0
     defect = batch.patches[shows] / batch.patches[shows].sum(-1, keepdim=True)
@@ -358,8 +358,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     device = torch.device(arguments.device)
-    weights = {"contrast": arguments.contrast, "state": 1.0, "class": arguments.class_token, "dense": arguments.dense}
-    weights["sign"] = arguments.sign
+    weights = {
+        "contrast": arguments.contrast,
+        "state": 1.0,
+        "class": arguments.class_token,
+        "dense": arguments.dense,
+        "sign": arguments.sign,
+    }
     pool = render_pool(list(TRAINING), arguments.pool, 1_000_000 * (1 + arguments.seed))
     seen = render_pool(list(TRAINING), 4 * len(TRAINING), 7)
     unseen = render_pool(list(VALIDATION), 40 * len(VALIDATION), 100_007)
