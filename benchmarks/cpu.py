@@ -8,6 +8,7 @@ printed, because machines drift.
 """
 
 import argparse
+import copy
 import logging
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,6 +33,7 @@ LIMITS = {
     "dual path / encode_image": 1.2,
     "SDP / encode_image": 1.2,
     "SDP+ / encode_image": 1.25,
+    "SDP in float32 / bfloat16": 2.0,
     "WinCLIP / SDP": 10.0,
     "77 tokens / cut": 6.0,
     "memory of SDP / encode_image": 1.3,
@@ -133,6 +136,7 @@ def main() -> None:
     model = ClipAdSdpModel(clip=clip)
     plus = ClipAdSdpPlusModel(clip=clip)
     model.text_features = plus.text_features = F.normalize(torch.randn(1, 2, tower.embed_dim), dim=-1)
+    in_bfloat16 = copy.deepcopy(model).to(torch.bfloat16)  # its limit is for a CPU with AVX512-BF16
 
     with torch.inference_mode():
         for batch_size in arguments.batch_sizes:
@@ -145,6 +149,9 @@ def main() -> None:
             for name, ours in (("dual path", tower), ("SDP", model), ("SDP+", plus)):
                 own, base, ratio = median_ratio(lambda ours=ours, images=images: ours(images), plain, pairs)
                 row(f"{name} / encode_image", f"batch {batch_size}: {own:.2f} s, {base:.2f} s", ratio)
+            full, half, ratio = median_ratio(partial(model, images), partial(in_bfloat16, images), pairs)
+            detail = f"batch {batch_size}: {full:.2f} s, {half:.2f} s"
+            row("SDP in float32 / bfloat16", detail, ratio, at_most=False)
 
         if not arguments.skip_winclip:
             from anomalib.models.image.winclip import torch_model

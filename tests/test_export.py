@@ -239,11 +239,18 @@ def test_a_missing_package_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_eight_bits_without_images_are_refused(small_clip: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="INT8_PTQ chooses its ranges by images; give a datamodule"):
-        new_engine(tmp_path).export(
-            ClipAdSdp("cup", small_clip), "openvino", tmp_path / "out", compression_type=CompressionType.INT8_PTQ
-        )
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (CompressionType.INT8_PTQ, "INT8_PTQ chooses its ranges by images; give a datamodule"),
+        (CompressionType.INT8_ACQ, "INT8_ACQ is not offered: .*; use INT8_PTQ"),
+    ],
+)
+def test_eight_bits_that_cannot_work_are_refused(
+    small_clip: str, tmp_path: Path, kind: CompressionType, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        new_engine(tmp_path).export(ClipAdSdp("cup", small_clip), "openvino", tmp_path / "out", compression_type=kind)
     assert not (tmp_path / "out").exists()
 
 

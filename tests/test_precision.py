@@ -7,6 +7,7 @@ import torch
 from anomalib.engine import Engine
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad.components import DualPathVisionTransformer, dual_path
 from anomalib_clipad.sdp_plus import save_adapter
 
 from .conftest import make_clip
@@ -46,6 +47,23 @@ def test_maps_agree_with_float32(small_clip: str, category: Path, tmp_path: Path
     extent = expected.max() - expected.min()
     assert (ours - expected).abs().max() < 2e-2 * extent
     assert (our_scores - scores).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("side", [32, 232])
+def test_bfloat16_features_agree_with_float64(monkeypatch: pytest.MonkeyPatch, units: bool, side: int) -> None:
+    """On CPUs with bfloat16 units and without, on few and on many patches."""
+    monkeypatch.setattr(dual_path, "BFLOAT16_UNITS", units)
+    tower = DualPathVisionTransformer(make_clip().visual)
+    for parameter in tower.parameters():
+        parameter.data = parameter.data.bfloat16().double()  # its own rounding is not what is tested
+    images = torch.randn(2, 3, side, side).bfloat16()
+    with torch.inference_mode():
+        expected = tower.double()(images.double())
+        ours = tower.bfloat16()(images)
+    for a, b in zip([*ours.surgery, *ours.original], [*expected.surgery, *expected.original], strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - b).norm() < 1e-2 * b.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

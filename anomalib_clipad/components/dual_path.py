@@ -12,6 +12,10 @@ from torch.nn import functional as F
 from anomalib_clipad.errors import InputError
 
 STAGES = 4
+# Whether this CPU multiplies bfloat16 by itself, and has no AMX, for which torch's fused attention is made.
+_CPU = getattr(torch.cpu, "get_capabilities", dict)()
+BFLOAT16_UNITS = _CPU.get("avx512_bf16", False) and not _CPU.get("amx_bf16", False)
+FEW_TOKENS = 800  # beyond, fused attention is the faster one again
 
 
 class DualPathFeatures(NamedTuple):
@@ -185,11 +189,21 @@ def _dual_attention(block: nn.Module, n: torch.Tensor, class_only: bool) -> tupl
     q, k, v = qkv.reshape(b, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N + 1, d) each
     if class_only:
         q = q[:, :, :1]
-    attended = F.scaled_dot_product_attention(q, k, v)
-    surgery = F.scaled_dot_product_attention(v, v, v)
+    attended = _attend(q, k, v)
+    surgery = _attend(v, v, v)
     both = torch.cat([heads.transpose(1, 2).flatten(2) for heads in (attended, surgery)], dim=1)
     both = block.ls_1(attention.out_proj(both))  # one out-projection for both paths
     return both.split([q.shape[2], length], dim=1)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax attention: (B, heads, L, d) from queries (B, heads, L, d), keys and values (B, heads, N + 1, d)."""
+    bfloat16_cpu = BFLOAT16_UNITS and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if not bfloat16_cpu or k.shape[2] > FEW_TOKENS or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v)
+    # There the fused kernel takes as long as in float32, plain products half; one image at a time stays in the cache.
+    scale = q.shape[-1] ** -0.5
+    return torch.stack([(scale * q_i @ k_i.mT).softmax(-1) @ v_i for q_i, k_i, v_i in zip(q, k, v, strict=True)])
 
 
 def _check_tower(visual: nn.Module) -> None:
