@@ -202,8 +202,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     if not bfloat16_cpu or k.shape[2] > FEW_TOKENS or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v)
     # There the fused kernel takes as long as in float32, plain products half; one image at a time stays in the cache.
-    scale = q.shape[-1] ** -0.5
-    return torch.stack([(scale * q_i @ k_i.mT).softmax(-1) @ v_i for q_i, k_i, v_i in zip(q, k, v, strict=True)])
+    q = q * q.shape[-1] ** -0.5
+    return torch.stack([q_i.bmm(k_i.mT).softmax(-1).bmm(v_i) for q_i, k_i, v_i in zip(q, k, v, strict=True)])
 
 
 def _check_tower(visual: nn.Module) -> None:
