@@ -73,4 +73,5 @@ def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
     rows = bicubic_matrix(images.shape[-2], height, images.device)
     columns = bicubic_matrix(images.shape[-1], width, images.device)
     # One pile of planes: OpenVINO and its quantiser take what directly follows a product for the product's bias.
-    return (rows @ images.flatten(0, 1) @ columns.T).unflatten(0, images.shape[:2])
+    resized = rows @ images.float().flatten(0, 1) @ columns.T
+    return resized.to(images.dtype).unflatten(0, images.shape[:2])

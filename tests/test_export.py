@@ -165,6 +165,14 @@ def test_own_transforms_are_kept() -> None:
     torch.testing.assert_close(ClipAdPreProcessor(transform)(images), transform(images), atol=1e-5, rtol=0)
 
 
+def test_images_of_few_bits_are_resized_in_float32() -> None:
+    images = torch.rand(2, 3, 40, 40).bfloat16()
+    ours = ClipAdPreProcessor(ClipAdSdp.configure_pre_processor((16, 24)).transform.transforms[0])(images)
+    assert ours.dtype == torch.bfloat16
+    expected = resize(images.float(), [16, 24], InterpolationMode.BICUBIC, antialias=True)
+    torch.testing.assert_close(ours.float(), expected, atol=2**-8, rtol=0)
+
+
 def test_files_are_of_the_vision_towers_size(exported: Exported) -> None:
     tower = sum(value.numel() * value.element_size() for value in exported.model.model.visual.state_dict().values())
     weights = {

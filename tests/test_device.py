@@ -1,0 +1,94 @@
+"""The way of images through a GPU, walked without one: fake tensors have a device, and no values to wait for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import InferenceBatch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad.sdp_plus import save_adapter
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this torch was built without CUDA, which fake tensors need as well"
+)
+FakeTensorMode = torch._subclasses.FakeTensorMode
+
+
+class Stay(TorchDispatchMode):
+    """Nothing that is computed may be anywhere but on the GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_cuda, f"{func} leaves the GPU"
+        return out
+
+
+def build(name: str, small_clip: str, root: Path) -> ClipAdSdp:
+    if name == "ClipAdSdp":
+        model = ClipAdSdp("widget", small_clip, visualizer=False)
+    else:
+        save_adapter(ClipAdSdpPlus(backbone=small_clip).model.adapter, root / "adapter.safetensors")
+        model = ClipAdSdpPlus(str(root / "adapter.safetensors"), "widget", small_clip, visualizer=False)
+    model.choose_class("widget")
+    return model.eval()
+
+
+class Chain(nn.Module):
+    """What follows the pre-processor: network, then normalisation and thresholds."""
+
+    def __init__(self, model: ClipAdSdp) -> None:
+        super().__init__()
+        self.model, self.post_processor = model.model, model.post_processor
+
+    def forward(self, images: torch.Tensor, classes: torch.Tensor) -> InferenceBatch:
+        return self.post_processor(self.model(images, classes))
+
+
+class Loss(nn.Module):
+    """A training step of SDP+."""
+
+    def __init__(self, model: ClipAdSdpPlus) -> None:
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, images: torch.Tensor, classes: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        return sum(self.model.loss(self.model.visual(images).original, masks, classes))
+
+
+def on_gpu(module: nn.Module, fake: FakeTensorMode) -> dict[str, torch.Tensor]:
+    """Parameters and buffers as they would be after ``module.cuda()``."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {key: fake.from_tensor(value).cuda().detach().requires_grad_(value.requires_grad) for key, value in tensors}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ClipAdSdp", "ClipAdSdpPlus"])
+def test_images_become_maps_without_leaving_the_gpu_or_waiting_for_it(
+    small_clip: str, tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
+    chain = Chain(build(name, small_clip, tmp_path)).to(dtype)
+    with FakeTensorMode() as fake:
+        state = on_gpu(chain, fake)
+        images = torch.rand(3, 3, 32, 32, device="cuda", dtype=dtype)
+        classes = torch.zeros(3, device="cuda", dtype=torch.long)
+        with Stay():
+            out = functional_call(chain, state, (images, classes))
+    assert [tuple(value.shape) for value in out] == [(3,), (3,), (3, 32, 32), (3, 32, 32)]
+
+
+def test_a_training_step_stays_on_the_gpu_too(small_clip: str, tmp_path: Path) -> None:
+    step = Loss(build("ClipAdSdpPlus", small_clip, tmp_path))
+    with FakeTensorMode() as fake:
+        state = on_gpu(step, fake)
+        images, masks = torch.rand(3, 3, 32, 32, device="cuda"), torch.ones(3, 32, 32, device="cuda", dtype=torch.bool)
+        classes = torch.zeros(3, device="cuda", dtype=torch.long)
+        with Stay():
+            loss = functional_call(step, state, (images, classes, masks))
+    assert loss.requires_grad
+    assert loss.shape == ()
