@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad.sdp_plus import save_adapter
+
 SMALL_CONFIG = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8},
@@ -78,6 +81,15 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
 def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a small random CLIP, as ``backbone`` takes it."""
     return str(save_clip(tmp_path_factory.mktemp("small_clip")))
+
+
+def build_model(name: str, small_clip: str, root: Path, **arguments: object) -> ClipAdSdp:
+    """A model that can judge: SDP, or SDP+ with random layers, which it reads from a file in ``root``."""
+    if name == "ClipAdSdp":
+        return ClipAdSdp(backbone=small_clip, **arguments)
+    torch.manual_seed(3)
+    save_adapter(ClipAdSdpPlus(backbone=small_clip).model.adapter, root / "adapter.safetensors")
+    return ClipAdSdpPlus(str(root / "adapter.safetensors"), backbone=small_clip, **arguments)
 
 
 def write_category(root: Path, normal: int = 5, broken: int = 6, size: int = 48) -> Path:

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
-from anomalib_clipad.sdp_plus import save_adapter
+
+from .conftest import build_model
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="this torch was built without CUDA, which fake tensors need as well"
@@ -27,16 +28,6 @@ class Stay(TorchDispatchMode):
         for tensor in tree_leaves(out):
             assert not isinstance(tensor, torch.Tensor) or tensor.is_cuda, f"{func} leaves the GPU"
         return out
-
-
-def build(name: str, small_clip: str, root: Path) -> ClipAdSdp:
-    if name == "ClipAdSdp":
-        model = ClipAdSdp("widget", small_clip, visualizer=False)
-    else:
-        save_adapter(ClipAdSdpPlus(backbone=small_clip).model.adapter, root / "adapter.safetensors")
-        model = ClipAdSdpPlus(str(root / "adapter.safetensors"), "widget", small_clip, visualizer=False)
-    model.choose_class("widget")
-    return model.eval()
 
 
 class Chain(nn.Module):
@@ -72,7 +63,9 @@ def on_gpu(module: nn.Module, fake: FakeTensorMode) -> dict[str, torch.Tensor]:
 def test_images_become_maps_without_leaving_the_gpu_or_waiting_for_it(
     small_clip: str, tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
-    chain = Chain(build(name, small_clip, tmp_path)).to(dtype)
+    model = build_model(name, small_clip, tmp_path, visualizer=False)
+    model.choose_class("widget")
+    chain = Chain(model.eval()).to(dtype)
     with FakeTensorMode() as fake:
         state = on_gpu(chain, fake)
         images = torch.rand(3, 3, 32, 32, device="cuda", dtype=dtype)
@@ -83,7 +76,9 @@ def test_images_become_maps_without_leaving_the_gpu_or_waiting_for_it(
 
 
 def test_a_training_step_stays_on_the_gpu_too(small_clip: str, tmp_path: Path) -> None:
-    step = Loss(build("ClipAdSdpPlus", small_clip, tmp_path))
+    model = build_model("ClipAdSdpPlus", small_clip, tmp_path)
+    model.choose_class("widget")
+    step = Loss(model)
     with FakeTensorMode() as fake:
         state = on_gpu(step, fake)
         images, masks = torch.rand(3, 3, 32, 32, device="cuda"), torch.ones(3, 32, 32, device="cuda", dtype=torch.bool)

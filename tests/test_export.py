@@ -23,7 +23,8 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 from anomalib_clipad.pre_processing import ClipAdPreProcessor, bicubic_matrix
-from anomalib_clipad.sdp_plus import save_adapter
+
+from .conftest import build_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FIELDS = ("pred_score", "pred_label", "anomaly_map", "pred_mask")
@@ -53,21 +54,13 @@ def folder(category: Path, **arguments: object) -> Folder:
     return Folder("widget", root=category, **{**keys, **more, **arguments})
 
 
-def build(name: str, small_clip: str, root: Path, **arguments: object) -> ClipAdSdp:
-    if name == "ClipAdSdp":
-        return ClipAdSdp(backbone=small_clip, **arguments)
-    torch.manual_seed(3)
-    save_adapter(ClipAdSdpPlus(backbone=small_clip).model.adapter, root / "adapter.safetensors")
-    return ClipAdSdpPlus(str(root / "adapter.safetensors"), backbone=small_clip, **arguments)
-
-
 @pytest.fixture(scope="module", params=list(MODELS))
 def exported(
     request: pytest.FixtureRequest, small_clip: str, category: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Exported:
     root = tmp_path_factory.mktemp("export")
     engine = new_engine(root)
-    model = build(request.param, small_clip, root)
+    model = build_model(request.param, small_clip, root)
     engine.test(model, datamodule=folder(category))
     checkpoint = Path(engine.trainer.default_root_dir) / "weights/lightning/model.ckpt"
     files = [

@@ -6,21 +6,12 @@ import pytest
 import torch
 from anomalib.engine import Engine
 
-from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.components import DualPathVisionTransformer, dual_path
-from anomalib_clipad.sdp_plus import save_adapter
 
-from .conftest import make_clip
+from .conftest import build_model, make_clip
 
-
-def build(name: str, small_clip: str, root: Path) -> ClipAdSdp:
-    if name == "ClipAdSdp":
-        return ClipAdSdp("widget", small_clip, post_processor=False, visualizer=False)
-    torch.manual_seed(3)
-    save_adapter(ClipAdSdpPlus(backbone=small_clip).model.adapter, root / "adapter.safetensors")
-    return ClipAdSdpPlus(
-        str(root / "adapter.safetensors"), "widget", small_clip, post_processor=False, visualizer=False
-    )
+RAW = {"class_name": "widget", "post_processor": False, "visualizer": False}
 
 
 def maps(model: ClipAdSdp, category: Path, root: Path, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,8 +31,8 @@ def maps(model: ClipAdSdp, category: Path, root: Path, precision: str) -> tuple[
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed", "16-true"])
 @pytest.mark.parametrize("name", ["ClipAdSdp", "ClipAdSdpPlus"])
 def test_maps_agree_with_float32(small_clip: str, category: Path, tmp_path: Path, name: str, precision: str) -> None:
-    expected, scores = maps(build(name, small_clip, tmp_path), category, tmp_path, "32-true")
-    ours, our_scores = maps(build(name, small_clip, tmp_path), category, tmp_path, precision)
+    expected, scores = maps(build_model(name, small_clip, tmp_path, **RAW), category, tmp_path, "32-true")
+    ours, our_scores = maps(build_model(name, small_clip, tmp_path, **RAW), category, tmp_path, precision)
     assert not torch.equal(ours, expected), "the precision was not used"
     assert ours.dtype == our_scores.dtype == torch.float32
     extent = expected.max() - expected.min()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from anomalib_clipad.errors import InputError
 
 STAGES = 4
-# Whether this CPU multiplies bfloat16 by itself, and has no AMX, for which torch's fused attention is made.
+# Whether this CPU multiplies bfloat16 by itself; those that have AMX too, not tried here, are left to torch.
 _CPU = getattr(torch.cpu, "get_capabilities", dict)()
 BFLOAT16_UNITS = _CPU.get("avx512_bf16", False) and not _CPU.get("amx_bf16", False)
 FEW_TOKENS = 800  # beyond, fused attention is the faster one again
