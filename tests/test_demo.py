@@ -176,6 +176,8 @@ def test_a_flipped_picture_gives_the_flipped_map_nearly(sdp: ClipAdSdpModel, jud
 
 
 def test_fewer_bits_give_the_same_figures(textures: Path, tmp_path: Path) -> None:
+    """As means: in one category two of 34 images that change places are worth 0.008 of the image AUROC."""
+
     def figures(precision: str) -> dict[str, float]:
         engine = Engine(
             default_root_dir=tmp_path,
@@ -186,8 +188,11 @@ def test_fewer_bits_give_the_same_figures(textures: Path, tmp_path: Path) -> Non
             precision=precision,
         )
         model = ClipAdSdp(backbone="demo", visualizer=False)
-        data = DemoTextures(root=textures, category="gravel", num_workers=0)
-        return engine.test(model, datamodule=data, verbose=False)[0]
+        tests = [
+            engine.test(model, datamodule=DemoTextures(textures, name, num_workers=0), verbose=False)[0]
+            for name in CATEGORIES
+        ]
+        return {key: float(np.mean([test[key] for test in tests])) for key in tests[0]}
 
     exact = figures("32-true")
     assert len(exact) == 9
