@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from anomalib.engine import Engine
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -90,6 +91,12 @@ def build_model(name: str, small_clip: str, root: Path, **arguments: object) -> 
     torch.manual_seed(3)
     save_adapter(ClipAdSdpPlus(backbone=small_clip).model.adapter, root / "adapter.safetensors")
     return ClipAdSdpPlus(str(root / "adapter.safetensors"), backbone=small_clip, **arguments)
+
+
+def new_engine(root: Path, **arguments: object) -> Engine:
+    """A quiet engine on one CPU, its results under ``root``."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Engine(default_root_dir=root / "results", accelerator="cpu", devices=1, **{**quiet, **arguments})
 
 
 def write_category(root: Path, normal: int = 5, broken: int = 6, size: int = 48) -> Path:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from anomalib.data.utils import read_image
-from anomalib.engine import Engine
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.transforms.v2.functional import normalize, resize
@@ -25,6 +24,8 @@ from anomalib_clipad.data.demo_textures import write_category
 from anomalib_clipad.data.textures import HELD_OUT, TRAINING, VALIDATION
 from anomalib_clipad.sdp import ClipAdSdpModel
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel, load_adapter
+
+from .conftest import new_engine
 
 CATEGORIES = tuple(HELD_OUT)
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -179,14 +180,7 @@ def test_fewer_bits_give_the_same_figures(textures: Path, tmp_path: Path) -> Non
     """As means: in one category two of 34 images that change places are worth 0.008 of the image AUROC."""
 
     def figures(precision: str) -> dict[str, float]:
-        engine = Engine(
-            default_root_dir=tmp_path,
-            logger=False,
-            enable_progress_bar=False,
-            accelerator="cpu",
-            devices=1,
-            precision=precision,
-        )
+        engine = new_engine(tmp_path, precision=precision)
         model = ClipAdSdp(backbone="demo", visualizer=False)
         tests = [
             engine.test(model, datamodule=DemoTextures(textures, name, num_workers=0), verbose=False)[0]

@@ -17,18 +17,12 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad import ClipAdSdp, InputError
 
-from .conftest import save_clip, write_category
+from .conftest import new_engine, save_clip, write_category
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
     return new_engine(tmp_path)
-
-
-def new_engine(root: Path) -> Engine:
-    return Engine(
-        default_root_dir=root / "results", logger=False, enable_progress_bar=False, accelerator="cpu", devices=1
-    )
 
 
 def folder(category: Path, masks: bool = True, **arguments: object) -> Folder:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
-from anomalib.engine import Engine
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -24,7 +23,7 @@ from torchvision.transforms.v2.functional import resize
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 from anomalib_clipad.pre_processing import ClipAdPreProcessor, bicubic_matrix
 
-from .conftest import build_model
+from .conftest import build_model, new_engine
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FIELDS = ("pred_score", "pred_label", "anomaly_map", "pred_mask")
@@ -41,11 +40,6 @@ class Exported(NamedTuple):
     torch: Path
     onnx: Path
     openvino: Path
-
-
-def new_engine(root: Path) -> Engine:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Engine(default_root_dir=root / "results", accelerator="cpu", devices=1, **quiet)
 
 
 def folder(category: Path, **arguments: object) -> Folder:

@@ -4,27 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.engine import Engine
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.components import DualPathVisionTransformer, dual_path
 
-from .conftest import build_model, make_clip
+from .conftest import build_model, make_clip, new_engine
 
 RAW = {"class_name": "widget", "post_processor": False, "visualizer": False}
 
 
 def maps(model: ClipAdSdp, category: Path, root: Path, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw maps and image scores of all test images, as the engine computes them."""
-    engine = Engine(
-        default_root_dir=root,
-        logger=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-        devices=1,
-        precision=precision,
-    )
-    batches = engine.predict(model, data_path=category / "test")
+    batches = new_engine(root, precision=precision).predict(model, data_path=category / "test")
     return torch.cat([batch.anomaly_map for batch in batches]), torch.cat([batch.pred_score for batch in batches])
 
 

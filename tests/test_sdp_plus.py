@@ -18,7 +18,7 @@ from anomalib_clipad import ClipAdSdpPlus, InputError
 from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel, dice_loss, focal_loss, load_adapter, save_adapter
 
-from .conftest import Parity, make_clip, save_clip, write_category
+from .conftest import Parity, make_clip, new_engine, save_clip, write_category
 
 TAPS = range(4)
 
@@ -117,11 +117,6 @@ def auxiliary(root: Path, **arguments: object) -> AuxiliaryDataModule:
     parts = [part(root, name) for name in ("gear", "plate")]
     defaults = {"num_workers": 0, "val_split_ratio": 0.25, "train_batch_size": 4, "eval_batch_size": 4}
     return AuxiliaryDataModule(parts, **{**defaults, **arguments})
-
-
-def new_engine(root: Path, **arguments: object) -> Engine:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Engine(default_root_dir=root / "results", accelerator="cpu", devices=1, **{**quiet, **arguments})
 
 
 def fitted(
