@@ -1,5 +1,6 @@
 """The way of images through a GPU, walked without one: fake tensors have a device, and no values to wait for."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ FakeTensorMode = torch._subclasses.FakeTensorMode
 class Stay(TorchDispatchMode):
     """Nothing that is computed may be anywhere but on the GPU."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             assert not isinstance(tensor, torch.Tensor) or tensor.is_cuda, f"{func} leaves the GPU"
@@ -42,7 +45,7 @@ class Chain(nn.Module):
 
 
 class Loss(nn.Module):
-    """A training step of SDP+."""
+    """What SDP+ is trained by, up to its value: there is no going back on fake tensors without a GPU."""
 
     def __init__(self, model: ClipAdSdpPlus) -> None:
         super().__init__()
@@ -75,15 +78,15 @@ def test_images_become_maps_without_leaving_the_gpu_or_waiting_for_it(
     assert [tuple(value.shape) for value in out] == [(3,), (3,), (3, 32, 32), (3, 32, 32)]
 
 
-def test_a_training_step_stays_on_the_gpu_too(small_clip: str, tmp_path: Path) -> None:
+def test_the_training_loss_stays_on_the_gpu_too(small_clip: str, tmp_path: Path) -> None:
     model = build_model("ClipAdSdpPlus", small_clip, tmp_path)
     model.choose_class("widget")
-    step = Loss(model)
+    training_loss = Loss(model)
     with FakeTensorMode() as fake:
-        state = on_gpu(step, fake)
+        state = on_gpu(training_loss, fake)
         images, masks = torch.rand(3, 3, 32, 32, device="cuda"), torch.ones(3, 32, 32, device="cuda", dtype=torch.bool)
         classes = torch.zeros(3, device="cuda", dtype=torch.long)
         with Stay():
-            loss = functional_call(step, state, (images, classes, masks))
+            loss = functional_call(training_loss, state, (images, classes, masks))
     assert loss.requires_grad
     assert loss.shape == ()
