@@ -1,6 +1,6 @@
 """CLIP-AD (arXiv 2311.00453) for anomalib: zero-shot anomaly detection from a class name.
 
-Names are imported when they are asked for: anomalib's import calls ours, see ``autoload``, and must not wait for it.
+Names are imported when they are asked for: anomalib's import calls ours, see ``plugin``, and must not wait for it.
 """
 
 __version__ = "0.1.0"

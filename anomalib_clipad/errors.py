@@ -1,4 +1,8 @@
-"""The one kind of error a user can mend."""
+"""The one kind of error that a user can correct."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -13,9 +17,38 @@ class InputError(ValueError):
         anomalib_clipad.errors.InputError: sigma must not be negative, got -1.
     """
 
-    latest: "InputError | None" = None
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        # The command line's parser swallows errors of the classes it builds and retells them in its own words.
-        InputError.latest = self
+def input_error_behind(error: BaseException | None) -> InputError | None:
+    """The ``InputError`` that an error was raised from, or that was being handled, at any depth.
+
+    Example:
+        >>> input_error_behind(RuntimeError("anything")) is None
+        True
+    """
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, InputError):
+            return current
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            waiting += [current.__context__, current.__cause__]
+    return None
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Print an ``InputError`` as its sentence and exit with status 1.
+
+    anomalib's command line has no seam for how an error is shown, and its parser raises errors of its own in place of
+    those of the classes that it builds.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        found = input_error_behind(error)
+        if found is None:
+            raise
+        sys.stderr.write(f"error: {found}\n")
+        raise SystemExit(1) from error

@@ -16,12 +16,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.transforms.v2.functional import normalize, resize
 
 from anomalib_clipad import ClipAdSdp, InputError
-from anomalib_clipad.components.backbone import DEMO_FOLDER
 from anomalib_clipad.components.scores import Scores
 from anomalib_clipad.data import AuxiliaryDataModule, DemoTextures
-from anomalib_clipad.data.defects import DEFECTS
-from anomalib_clipad.data.demo_textures import write_category
-from anomalib_clipad.data.textures import HELD_OUT, TRAINING, VALIDATION
+from anomalib_clipad.demo.datamodule import write_category
+from anomalib_clipad.demo.defects import DEFECTS
+from anomalib_clipad.demo.textures import HELD_OUT, TRAINING, VALIDATION
+from anomalib_clipad.plugin import DEMO_FOLDER
 from anomalib_clipad.sdp import ClipAdSdpModel
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel, load_adapter
 

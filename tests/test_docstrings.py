@@ -12,16 +12,13 @@ from anomalib.data import Folder
 
 import anomalib_clipad
 
-MODULES = sorted(
-    info.name
-    for info in pkgutil.walk_packages(anomalib_clipad.__path__, "anomalib_clipad.")
-    if "autoload" not in info.name
-)
+MODULES = sorted(info.name for info in pkgutil.walk_packages(anomalib_clipad.__path__, "anomalib_clipad."))
 PACKAGES = (
     "anomalib_clipad",
     "anomalib_clipad.compare",
     "anomalib_clipad.components",
     "anomalib_clipad.data",
+    "anomalib_clipad.demo",
     "anomalib_clipad.sdp",
     "anomalib_clipad.sdp_plus",
 )

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
-from anomalib_clipad.pre_processing import ClipAdPreProcessor, bicubic_matrix
+from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, bicubic_matrix
 
 from .conftest import build_model, new_engine
 

@@ -83,7 +83,7 @@ def test_nothing_is_imported_at_the_start_of_python(python: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("victim", ["__init__.py", "autoload.py", "sdp/torch_model.py"])
+@pytest.mark.parametrize("victim", ["__init__.py", "plugin.py", "sdp/torch_model.py"])
 def test_a_broken_plugin_is_one_warning_and_every_other_model_runs(
     python: Path, environment: Path, victim: str
 ) -> None:

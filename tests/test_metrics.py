@@ -8,7 +8,7 @@ from anomalib.metrics import Evaluator
 from scipy.ndimage import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomalib_clipad.metrics import paper_evaluator
+from anomalib_clipad.engine.metrics import paper_evaluator
 
 IMAGES, SIDE = 40, 16
 

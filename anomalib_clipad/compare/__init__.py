@@ -1,6 +1,6 @@
 """The comparison: any models of anomalib side by side, zero-shot ones included."""
 
-# First, because its import calls ours back (see ``autoload``), which must not find this package half imported.
+# First, because its import calls ours back (see ``plugin``), which must not find this package half imported.
 import anomalib.models  # noqa: F401 - for its effect
 
 from anomalib_clipad.compare.evaluator import CompareEvaluator

@@ -13,8 +13,8 @@ from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn import functional as F
 
+from anomalib_clipad.engine.metrics import AP, AUPRO, AUROC, IMAGE_FIELDS, PIXEL_FIELDS, F1Max
 from anomalib_clipad.errors import InputError
-from anomalib_clipad.metrics import AP, AUPRO, AUROC, IMAGE_FIELDS, PIXEL_FIELDS, F1Max
 
 # The paper's seven, and how they are called in tables and pictures.
 METRICS = {

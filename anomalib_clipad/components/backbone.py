@@ -19,6 +19,7 @@ from torch import nn
 
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.plugin import DEMO, DEMO_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,6 @@ HUB_PREFIX = "hf-hub:"
 CONFIG_NAME = "open_clip_config.json"
 # The names under which open_clip saves to a folder or a hub, the safe one first.
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-DEMO = "demo"  # our own small CLIP, in the package
-DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 URL_CACHE = Path("~/.cache/clip")  # open_clip's own folder for weights that are not on a hub
 
 

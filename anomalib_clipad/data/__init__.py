@@ -1,7 +1,16 @@
-"""Data as they come from a factory floor, data to train SDP+ on, and data to try it all on."""
+"""Images as cameras and file systems leave them, and data sets to train SDP+ on."""
 
 from anomalib_clipad.data.auxiliary import AuxiliaryDataModule
-from anomalib_clipad.data.demo_textures import DemoTextures
 from anomalib_clipad.data.readable import ReadableDataLoader
 
 __all__ = ["AuxiliaryDataModule", "DemoTextures", "ReadableDataLoader"]
+
+
+def __getattr__(name: str) -> object:
+    """``DemoTextures`` when it is asked for: it needs scikit-image, which no model does."""
+    if name == "DemoTextures":
+        from anomalib_clipad.demo import DemoTextures
+
+        return DemoTextures
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
 from anomalib_clipad.data.datamodules import build_datamodule, categories_on_disk
-from anomalib_clipad.data.features import CachedFeatures
+from anomalib_clipad.data.feature_cache import CachedFeatures
 from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from torch import nn
 
+from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
-from anomalib_clipad.zero_shot import ZeroShotMixin
 
 
 class ClipAdSdp(ZeroShotMixin, AnomalibModule):

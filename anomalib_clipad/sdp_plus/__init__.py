@@ -1,6 +1,6 @@
 """SDP+, SDP with linear layers trained once on another data set."""
 
-# First, because its import calls ours back (see ``autoload``), which must not find this package half imported.
+# First, because its import calls ours back (see ``plugin``), which must not find this package half imported.
 import anomalib.models  # noqa: F401 - for its effect
 
 from anomalib_clipad.sdp_plus.adapter import load_adapter, save_adapter

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from anomalib_clipad.components.backbone import DEMO, DEMO_FOLDER
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.plugin import DEMO, DEMO_FOLDER
 
 PREFIX = "fc."  # the authors' name for the layers, kept in our files
 CHECKPOINT_PREFIX = "model.adapter."

@@ -19,11 +19,11 @@ from torch import nn
 
 from anomalib_clipad.components import DualPathFeatures
 from anomalib_clipad.data import AuxiliaryDataModule
+from anomalib_clipad.engine.metrics import paper_evaluator
+from anomalib_clipad.engine.module import IDENTITY, ZeroShotMixin
 from anomalib_clipad.errors import InputError
-from anomalib_clipad.metrics import paper_evaluator
 from anomalib_clipad.sdp_plus.adapter import load_adapter, save_adapter
 from anomalib_clipad.sdp_plus.torch_model import ClipAdSdpPlusModel
-from anomalib_clipad.zero_shot import IDENTITY, ZeroShotMixin
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import normalize, resize
 
-from anomalib_clipad.data.demo_textures import write_category
-from anomalib_clipad.data.textures import HELD_OUT
+from anomalib_clipad.demo.datamodule import write_category
+from anomalib_clipad.demo.textures import HELD_OUT
 from anomalib_clipad.sdp import ClipAdSdpModel
 
 METHODS = ("dbscan", "mean", "pca", "kde", "mean_shift")

@@ -31,9 +31,9 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from anomalib_clipad.components import DualPathVisionTransformer, PromptEnsemble, feature_surgery
-from anomalib_clipad.data.canvas import Style
-from anomalib_clipad.data.defects import DEFECTS, paint_defect
-from anomalib_clipad.data.textures import TRAINING, VALIDATION, render
+from anomalib_clipad.demo.canvas import Style
+from anomalib_clipad.demo.defects import DEFECTS, paint_defect
+from anomalib_clipad.demo.textures import TRAINING, VALIDATION, render
 from anomalib_clipad.sdp import ClipAdSdpModel
 
 CONFIG = {

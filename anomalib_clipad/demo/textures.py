@@ -10,7 +10,7 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from anomalib_clipad.data.canvas import Canvas, Style
+from anomalib_clipad.demo.canvas import Canvas, Style
 
 Relief = tuple[np.ndarray, np.ndarray | None]  # (S, S) in [0, 1], and where the object is if it does not fill the image
 

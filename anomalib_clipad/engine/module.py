@@ -22,11 +22,11 @@ from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Res
 
 from anomalib_clipad.components import DualPathFeatures, PromptEnsemble, fingerprint
 from anomalib_clipad.data import ReadableDataLoader
+from anomalib_clipad.engine.export import WholeExportMixin
+from anomalib_clipad.engine.metrics import paper_evaluator
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
 from anomalib_clipad.errors import InputError
-from anomalib_clipad.export import WholeExportMixin
-from anomalib_clipad.metrics import paper_evaluator
-from anomalib_clipad.post_processing import ClipAdPostProcessor
-from anomalib_clipad.pre_processing import ClipAdPreProcessor
 
 if TYPE_CHECKING:
     from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
@@ -97,7 +97,7 @@ class ZeroShotMixin(WholeExportMixin):
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """The paper's metrics, see :func:`anomalib_clipad.metrics.paper_evaluator`."""
+        """The paper's metrics, see :func:`anomalib_clipad.engine.metrics.paper_evaluator`."""
         return paper_evaluator()
 
     def setup(self, stage: str) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 from anomalib.data import MVTecAD
 from PIL import Image
 
-from anomalib_clipad.data.canvas import Style
-from anomalib_clipad.data.defects import DEFECTS, paint_defect
-from anomalib_clipad.data.textures import SURFACES, TRAINING, render
+from anomalib_clipad.demo.canvas import Style
+from anomalib_clipad.demo.defects import DEFECTS, paint_defect
+from anomalib_clipad.demo.textures import SURFACES, TRAINING, render
 from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class DemoTextures(MVTecAD):
 
     Args:
         root: Folder of the data set.
-        category: One of ``anomalib_clipad.data.textures.SURFACES``.
+        category: One of ``anomalib_clipad.demo.textures.SURFACES``.
         **kwargs: As :class:`anomalib.data.MVTecAD` takes them.
 
     Raises:

@@ -1,0 +1,1 @@
+"""The way into anomalib: what a zero-shot model needs to run in its engine."""
