@@ -101,9 +101,7 @@ class Judged:
         self.scores = model.scores(self.images)
 
     def image_auroc(self, model: ClipAdSdpModel) -> float:
-        parts = (self.scores.text_score, self.scores.map_score)
-        model.set_score_range(torch.stack([p.min() for p in parts]), torch.stack([p.max() for p in parts]))
-        return roc_auc_score(self.labels, model.image_score(self.scores))
+        return roc_auc_score(self.labels, model.fusion.fit(self.scores.text_score, self.scores.map_score))
 
     def pixel_auroc(self, scores: Scores | None = None) -> float:
         return roc_auc_score(self.masks.ravel(), (scores or self.scores).anomaly_map.ravel())

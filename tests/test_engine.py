@@ -138,7 +138,7 @@ def test_data_without_a_validation_part_are_scored_by_rule(
         arguments |= {"normal_test_dir": "test/good", "abnormal_dir": "test/square"}
     model = ClipAdSdp(backbone=small_clip)
     batches = engine.predict(model, datamodule=Folder(**arguments))
-    assert model.model.score_min.isnan().all()
+    assert model.model.fusion.score_min.isnan().all()
     assert all(batch.pred_label.dtype == torch.bool for batch in batches)
     assert engine.trainer.limit_val_batches == 1.0
 
@@ -182,7 +182,9 @@ def test_a_second_category_gets_its_own_text_vectors_and_thresholds(
     fresh = ClipAdSdp(backbone=small_clip)
     new_engine(tmp_path / "c").test(fresh, datamodule=folder(category, name="gear"))
     for key, value in fresh.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[key], value, msg=key)
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(model.state_dict()[key], value, msg=key)
+    assert model.model.class_names == fresh.model.class_names == ("gear",)
 
 
 def checkpoint(engine: Engine) -> Path:
@@ -217,7 +219,8 @@ def test_checkpoint_holds_what_is_not_clip(small_clip: str, category: Path, engi
     engine.test(model, datamodule=folder(category))
     content = torch.load(checkpoint(engine), weights_only=True)
     assert not any("visual" in key for key in content["state_dict"])
-    assert sum(value.numel() for value in content["state_dict"].values()) < 100
+    tensors = [value for value in content["state_dict"].values() if isinstance(value, torch.Tensor)]
+    assert sum(value.numel() for value in tensors) < 100
     restored = ClipAdSdp.load_from_checkpoint(checkpoint(engine))
     assert restored.model.prompts == model.model.prompts
     assert restored.model.rvs == {"method": "kde"}

@@ -5,7 +5,7 @@ from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisio
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.representative_vector import select_representative_vector
-from anomalib_clipad.components.scores import MapScale, Scores, text_score
+from anomalib_clipad.components.scores import MapScale, Prediction, ScoreFusion, Scores, text_score
 from anomalib_clipad.components.smoothing import GaussianSmoothing
 from anomalib_clipad.components.surgery import feature_surgery
 from anomalib_clipad.components.text_encoder import TextEncoder
@@ -17,7 +17,9 @@ __all__ = [
     "Float32Buffers",
     "GaussianSmoothing",
     "MapScale",
+    "Prediction",
     "PromptEnsemble",
+    "ScoreFusion",
     "Scores",
     "TextEncoder",
     "feature_surgery",

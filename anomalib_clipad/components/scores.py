@@ -1,17 +1,18 @@
-"""From tokens and maps to the two scores of an image."""
+"""From tokens and maps to the two scores of an image, and from these to one."""
 
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.surgery import margin
 
 LOGIT_SCALE = 100.0  # CLIP's own temperature
 
 
 class Scores(NamedTuple):
-    """What the method says of a batch, before the two scores become one.
+    """What the method gives for a batch, before the two scores become one.
 
     Attributes:
         anomaly_map: (B, H, W), smoothed; around 0, larger is more anomalous, at most 1 in size for each stage.
@@ -70,3 +71,77 @@ class MapScale(NamedTuple):
         """
         logits = self.slope * (values - self.centre)
         return 0.5 + 0.5 * logits / (1 + logits.abs())
+
+
+class Prediction(NamedTuple):
+    """What a network gives for a batch; labels and masks are the post-processor's.
+
+    Attributes:
+        pred_score: (B,), one score an image, see :class:`ScoreFusion`; larger is more anomalous.
+        anomaly_map: (B, H, W), as in :class:`Scores`.
+        text_score: (B,) in [0, 1], likewise.
+        map_score: (B,), likewise.
+
+    Example:
+        >>> maps = torch.zeros(1, 2, 2)
+        >>> Prediction(torch.tensor([0.5]), maps, torch.tensor([0.5]), torch.tensor([0.0])).anomaly_map.shape
+        torch.Size([1, 2, 2])
+    """
+
+    pred_score: torch.Tensor
+    anomaly_map: torch.Tensor
+    text_score: torch.Tensor
+    map_score: torch.Tensor
+
+
+class ScoreFusion(Float32Buffers):
+    """One image score from text score and map score; the only owner of their ranges.
+
+    Fitted on the scores of labelled validation images, it is the paper's: each score min-max normalised, then the mean
+    of the two. Before, the map score is brought into (0, 1) by the scale of the model's map.
+
+    Args:
+        map_scale: Scale of the model's map.
+
+    Example:
+        >>> fusion = ScoreFusion(MapScale(centre=0.0, slope=50.0))
+        >>> text, maps = torch.tensor([0.2, 0.4]), torch.tensor([0.0, 0.02])
+        >>> fusion(text, maps)
+        tensor([0.3500, 0.5750])
+        >>> fusion.fit(text, maps)
+        tensor([0., 1.])
+        >>> fusion(torch.tensor([0.3]), torch.tensor([0.01]))
+        tensor([0.5000])
+    """
+
+    score_min: torch.Tensor
+    score_max: torch.Tensor
+
+    def __init__(self, map_scale: MapScale) -> None:
+        super().__init__()
+        self.map_scale = map_scale
+        # Of the text and the map score; unknown until fitted.
+        self.register_buffer("score_min", torch.full((2,), float("nan")))
+        self.register_buffer("score_max", torch.full((2,), float("nan")))
+
+    def forward(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+        """Fuse scores of shape (B,) each; in [0, 1] within the ranges, or if there are none."""
+        both = torch.stack([text_score, map_score], dim=-1)
+        # Finite where unknown, since quantisers fail at branches that are not taken.
+        minimum, maximum = self.score_min.nan_to_num(), self.score_max.nan_to_num()
+        extent = maximum - minimum
+        normalised = (both - minimum) / torch.where(extent > 0, extent, 1.0)
+        by_rule = torch.stack([text_score, self.map_scale.squash(map_score)], dim=-1)
+        return torch.where(self.score_min.isnan(), by_rule, normalised).mean(dim=-1)
+
+    def fit(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+        """Set the ranges from validation scores of shape (N,) each, and return these fused."""
+        both = torch.stack([text_score, map_score], dim=-1)
+        self.score_min.copy_(both.amin(dim=0))
+        self.score_max.copy_(both.amax(dim=0))
+        return self(text_score, map_score)
+
+    def reset(self) -> None:
+        """Forget the ranges."""
+        self.score_min.fill_(float("nan"))
+        self.score_max.fill_(float("nan"))

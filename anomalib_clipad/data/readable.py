@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from anomalib.data import Batch, DatasetItem
+from anomalib.data import Batch, DatasetItem, ImageBatch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision.tv_tensors import Image as ImageTensor
+
+from anomalib_clipad.data.batch import ZeroShotBatch
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,9 @@ class _SkippingCollate:
 
     def __call__(self, items: list[DatasetItem | None]) -> Batch | None:
         readable = [item for item in items if item is not None]
-        return self.collate(readable) if readable else None
+        batch = self.collate(readable) if readable else None
+        # The fields that a zero-shot model fills; the evaluator reads them off the loader's batch.
+        return ZeroShotBatch.of(batch) if isinstance(batch, ImageBatch) else batch
 
 
 def _mend(item: DatasetItem, path: Path, dataset: Dataset) -> DatasetItem:

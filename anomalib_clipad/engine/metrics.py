@@ -6,12 +6,21 @@ sigmoid to those batches whose scores leave [0, 1], which would make a figure de
 ``BinaryPrecisionRecallCurve`` takes scores as they are.
 """
 
+import logging
+from typing import Any, cast
+
 from anomalib.metrics import AUPRO, AnomalibMetric, BinaryPrecisionRecallCurve, Evaluator, F1Max, F1Score
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+from torchmetrics.aggregation import MaxMetric, MinMetric
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+
+logger = logging.getLogger(__name__)
 
 IMAGE_FIELDS = ("raw_score", "gt_label")
 PIXEL_FIELDS = ("raw_map", "gt_mask")
+GROUND_TRUTH = ("gt_label", "gt_mask")
 
 
 class AUROC(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAUROC):
@@ -42,21 +51,59 @@ class AP(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAveragePrecision):
 
 
 class PaperEvaluator(Evaluator):
-    """anomalib's evaluator, silent about metrics that the data have no labels or masks for.
+    """anomalib's evaluator, silent about metrics that the data do not define.
+
+    Without labels or masks there is nothing to measure; with normal images only, or anomalous ones only, nothing to
+    tell apart.
 
     Example:
         >>> PaperEvaluator(test_metrics=[AP(fields=IMAGE_FIELDS)]).test_metrics[0].name
         'AP'
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - anomalib's
+        super().__init__(*args, **kwargs)
+        # Least and largest ground truth seen, over all processes.
+        self._extremes = nn.ModuleDict({key: nn.ModuleList([MinMetric(), MaxMetric()]) for key in GROUND_TRUTH})
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT | None,
+        batch: Any,  # noqa: ANN401 - anomalib's
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Update the metrics, and what is known of the ground truth."""
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        for key, extremes in self._extremes.items():
+            truth = getattr(batch, key)
+            for extreme in cast("nn.ModuleList", extremes) if truth is not None else ():
+                extreme.update(truth.float())
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was measured; torchmetrics would warn of the rest."""
+        """Log what was measured; torchmetrics would warn of the rest, or give 0."""
+        one_kind = {key for key, extremes in self._extremes.items() if _all_alike(cast("nn.ModuleList", extremes))}
+        for metric in self.test_metrics:
+            if metric.update_called and metric.fields[1] in one_kind:
+                metric.reset()
+        if "gt_label" in one_kind:
+            logger.warning("The test images are all normal or all anomalous, so AUROC, AP and F1 are not defined.")
         if trainer.barebones:
             super().on_test_epoch_end(trainer, pl_module)
             return
         for metric in self.test_metrics:
             if metric.update_called:
                 self.log(metric.name, metric)
+
+
+def _all_alike(extremes: nn.ModuleList) -> bool:
+    """Whether a ground truth was seen, and only one kind of it; forgets what was seen."""
+    values = [float(extreme.compute()) for extreme in extremes if extreme.update_called]
+    for extreme in extremes:
+        extreme.reset()
+    return len(values) == 2 and values[0] == values[1]
 
 
 def paper_evaluator(validate: bool = False) -> Evaluator:

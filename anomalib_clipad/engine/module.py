@@ -1,52 +1,99 @@
-"""What a CLIP-AD model needs to run in anomalib's engine; the models only add their network.
+"""What a zero-shot CLIP model needs to run in anomalib's engine; the models only add their network.
 
-A mixin and not a base class: anomalib lists and finds direct subclasses of ``AnomalibModule`` only.
+Mixins and not a base class: anomalib lists and finds direct subclasses of ``AnomalibModule`` only.
 """
 
 import logging
-import zipfile
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import open_clip
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, Batch
+from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
 from anomalib.metrics import Evaluator
-from lightning.pytorch.trainer.states import TrainerFn
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_clipad.components import DualPathFeatures, PromptEnsemble, fingerprint
-from anomalib_clipad.data import ReadableDataLoader
+from anomalib_clipad.components import (
+    DualPathFeatures,
+    DualPathVisionTransformer,
+    MapScale,
+    Prediction,
+    PromptEnsemble,
+    ScoreFusion,
+    Scores,
+    TextEncoder,
+)
+from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.export import WholeExportMixin
+from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
-from anomalib_clipad.errors import InputError
-
-if TYPE_CHECKING:
-    from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
 
 logger = logging.getLogger(__name__)
 
 FALLBACK_CLASS = "object"
-IDENTITY = "clip_ad"  # key of our part of a checkpoint
-# Not saved: CLIP comes from its own weights, the metrics from the arguments.
-NOT_SAVED = ("model.visual.", "evaluator.")
+_Module = AnomalibModule if TYPE_CHECKING else object  # see above
 
 
-class ZeroShotMixin(WholeExportMixin):
-    """Class names, calibration, checkpoints and steps of a zero-shot CLIP model; its user calls :meth:`adopt`."""
+class ZeroShotNetwork(Protocol):
+    """A network that :class:`ZeroShotMixin` can run; it is an ``nn.Module`` too.
 
-    model: "ClipAdSdpModel"
+    Attributes:
+        visual: Runs the CLIP's vision tower.
+        text_encoder: Encodes prompts; absent in an exported model.
+        prompts: The prompts of a class.
+        text_features: (classes, 2, D) text vectors, normal and anomalous.
+        class_names: The classes that these belong to.
+        fusion: One image score from two.
+        map_scale: Where the map balances.
+        image_size: Height and width of the input in pixels.
+        mean: Mean of the input's channels.
+        std: Standard deviation of the input's channels.
+    """
+
+    visual: DualPathVisionTransformer
+    text_encoder: TextEncoder | None
+    prompts: PromptEnsemble
+    text_features: torch.Tensor
+    class_names: tuple[str, ...]
+    fusion: ScoreFusion
+    image_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def map_scale(self) -> MapScale:
+        """Where the map balances."""
+
+    def set_classes(self, class_names: Sequence[str]) -> None:
+        """Encode the prompts of these classes."""
+
+    def forget_classes(self) -> None:
+        """Have no class."""
+
+    def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
+        """Map and scores of images."""
+
+    def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
+        """Map and scores of taps."""
+
+    def predictions(self, scores: Scores) -> Prediction:
+        """The two scores of an image as one."""
+
+
+class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):
+    """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
+
     class_name: str | None
-    _fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
-    _limit_val_batches: float | None = None  # the trainer's, while validation is left out
-    _restored: bool = False  # whether text vectors and thresholds came with a checkpoint
+    # Score ranges and thresholds of classes that were set before, for when they are set again.
+    _statistics: dict[tuple[str, ...], list[dict[str, torch.Tensor]]]
 
     @property
     def learning_type(self) -> LearningType:
@@ -58,12 +105,12 @@ class ZeroShotMixin(WholeExportMixin):
         """No special arguments."""
         return {}
 
-    @staticmethod
-    def configure_optimizers() -> None:
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's type has a dozen forms
         """Nothing to optimise."""
+        return None
 
     @classmethod
-    def configure_pre_processor(
+    def configure_pre_processor(  # type: ignore[override]  # a CLIP brings its own mean and standard deviation
         cls,
         image_size: tuple[int, int] | None = None,
         mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN,
@@ -76,70 +123,51 @@ class ZeroShotMixin(WholeExportMixin):
     @classmethod
     def components_for(
         cls,
-        model: "ClipAdSdpModel",
+        network: ZeroShotNetwork,
         pre_processor: nn.Module | bool,
         post_processor: nn.Module | bool,
     ) -> tuple[nn.Module | bool, nn.Module | bool]:
         """Pre- and post-processor that belong to a network, where the user asks for the default."""
         if pre_processor is True:
-            pre_processor = cls.configure_pre_processor(model.image_size, model.mean, model.std)
+            pre_processor = cls.configure_pre_processor(network.image_size, network.mean, network.std)
         if post_processor is True:
-            post_processor = ClipAdPostProcessor(model.map_scale)
+            post_processor = ClipAdPostProcessor(network.map_scale)
         return pre_processor, post_processor
-
-    def adopt(self, model: "ClipAdSdpModel", class_name: str | None) -> None:
-        """Take over the network, and the class name as the user gave it."""
-        self.model = model
-        self.class_name = class_name
-        if class_name is not None:
-            model.prompts.prompts(class_name)  # an empty name is told now
-        self._fingerprint = fingerprint(model.visual)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
         """The paper's metrics, see :func:`anomalib_clipad.engine.metrics.paper_evaluator`."""
         return paper_evaluator()
 
-    def setup(self, stage: str) -> None:
-        """Have the trainer skip unreadable images and name unusable checkpoints, while it runs this model."""
-        datamodule = self.trainer.datamodule
-        if stage == "validate" and isinstance(datamodule, AnomalibDataModule) and not hasattr(datamodule, "val_data"):
-            # anomalib validates zero-shot models first, also where there is nothing to validate on.
-            self._limit_val_batches, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
-        trainer, strategy = self.trainer, self.trainer.strategy
-        process_dataloader, load_checkpoint = strategy.process_dataloader, strategy.load_checkpoint
+    def adopt(self, network: ZeroShotNetwork, class_name: str | None) -> None:
+        """Take over the network, and the class name as the user gave it."""
+        self.model = network
+        self.class_name = class_name
+        self._statistics = {}
+        if class_name is not None:
+            network.prompts.prompts(class_name)  # refuses an empty name
+        self.identify(network.visual)
 
-        def process(dataloader: object) -> object:
-            dataloader = process_dataloader(dataloader)
-            ours = trainer.lightning_module is self and ReadableDataLoader.can_wrap(dataloader)
-            # Not while fitting, where the processes wait for each other at every batch.
-            each_once = trainer.state.fn != TrainerFn.FITTING
-            return ReadableDataLoader(dataloader, each_once) if ours else dataloader
-
-        def load(path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - Lightning's
-            if trainer.lightning_module is self:
-                _check_is_checkpoint(Path(path))
-            return load_checkpoint(path, *args, **kwargs)
-
-        strategy.process_dataloader, strategy.load_checkpoint = process, load
-
-    def teardown(self, stage: str) -> None:
-        """Leave the trainer as it was, for the next model."""
-        del stage
-        if self._limit_val_batches is not None:
-            self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
-        for name in ("process_dataloader", "load_checkpoint"):
-            self.trainer.strategy.__dict__.pop(name, None)
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """The model's components, and what leaves the trainer as it was."""
+        drop_components_of_other_models(self.trainer)
+        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks())]
 
     def on_validation_start(self) -> None:
         """See :meth:`prepare_classes`."""
         self.prepare_classes()
 
-    on_test_start = on_predict_start = on_validation_start
+    def on_test_start(self) -> None:
+        """See :meth:`prepare_classes`."""
+        self.prepare_classes()
+
+    def on_predict_start(self) -> None:
+        """See :meth:`prepare_classes`."""
+        self.prepare_classes()
 
     def prepare_classes(self) -> None:
         """Encode the prompts of the class at hand, see :meth:`choose_class`."""
-        self.choose_class(self.class_name or _class_of(self.trainer.datamodule))
+        self.choose_class(self.class_name or _class_of(datamodule_of(self.trainer)))
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
@@ -147,152 +175,101 @@ class ZeroShotMixin(WholeExportMixin):
 
     def choose_class(self, name: str | None) -> None:
         """Encode the prompts of a class, unless a checkpoint has brought its text vectors."""
-        if self._restored:
-            if name is not None and name not in self.model.class_names:
+        network = self.model
+        if self.restored:
+            if name is not None and name not in network.class_names:
                 logger.warning(
                     "The checkpoint's class %s is used, not %r; leave the checkpoint out to use that.",
-                    ", ".join(map(repr, self.model.class_names)),
+                    ", ".join(map(repr, network.class_names)),
                     name,
                 )
             return
-        if name is None and not self.model.class_names:
+        if name is None and not network.class_names:
             logger.warning(
                 "No class name is known, so the images are taken for an %r; "
                 "set class_name to what they show for better results.",
                 FALLBACK_CLASS,
             )
             name = FALLBACK_CLASS
-        if name is not None and self.model.class_names != (name,):
-            self.model.set_classes([name])
-            if isinstance(self.post_processor, ClipAdPostProcessor):
-                self.post_processor.forget()
+        if name is not None and network.class_names != (name,):
+            calibrated = self._calibrated()
+            if network.class_names:
+                self._statistics[network.class_names] = [_copy(module.state_dict()) for module in calibrated]
+            network.set_classes([name])
+            for module in calibrated:
+                for buffer in module.buffers(recurse=False):
+                    buffer.fill_(float("nan"))
+            for module, state in zip(calibrated, self._statistics.get((name,), ()), strict=False):
+                module.load_state_dict(state)
+
+    def _calibrated(self) -> list[nn.Module]:
+        """What holds statistics of the classes at hand."""
+        modules = (self.model.fusion, self.post_processor)
+        return [module for module in modules if isinstance(module, nn.Module)]
+
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
+        """Score images as they are: (B, 3, height, width) in [0, 1], see :meth:`choose_class` for the class."""
+        if not self.model.class_names:
+            self.choose_class(self.class_name)
+        return super().forward(batch, *args, **kwargs)
 
     def val_dataloader(self) -> list:
         """No data: lets anomalib predict and benchmark without a datamodule; a datamodule's own comes first."""
         return []
 
-    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch; the post-processor collects the scores."""
-        return self.test_step(batch, *args, **kwargs)
+        return self.test_step(batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:  # type: ignore[override]  # anomalib's *args
         """Score a batch, and keep the model's own scores on it for the metrics."""
-        del args, kwargs
-        batch = self._score(batch)
-        batch.raw_score, batch.raw_map = batch.pred_score, batch.anomaly_map
+        scored = self.predict_step(batch, batch_idx, dataloader_idx)
+        scored.raw_score, scored.raw_map = scored.pred_score, scored.anomaly_map
+        return scored
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> ZeroShotBatch:  # type: ignore[override]  # a batch is what anomalib returns too
+        """Score a batch."""
+        del batch_idx, dataloader_idx
+        batch = ZeroShotBatch.of(batch)
+        network = self.model
+        if batch.features is None:
+            scores = network.scores(batch.image, batch.class_index)
+        else:
+            scores = network.scores_of(batch.features, batch.class_index)
+            batch.features = None  # not to be drawn, nor kept with the predictions
+        batch.update(**network.predictions(scores)._asdict())
         return batch
 
-    def predict_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
-        """Score a batch."""
-        del args, kwargs
-        return self._score(batch)
+    def on_validation_batch_end(
+        self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """See :func:`warn_of_not_finite`."""
+        del batch, batch_idx, dataloader_idx
+        warn_of_not_finite(cast("ZeroShotBatch", outputs))
 
-    def _score(self, batch: Batch) -> Batch:
-        class_index, features = getattr(batch, "class_index", None), self.features(batch)
-        if features is None:
-            scores = self.model.scores(batch.image, class_index)
-        else:
-            scores = self.model.scores_of(features, class_index)
-        batch.text_score, batch.map_score = scores.text_score, scores.map_score
-        return batch.update(**self.model.predictions(scores)._asdict())
+    def on_test_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """See :func:`warn_of_not_finite`."""
+        del batch, batch_idx, dataloader_idx
+        warn_of_not_finite(cast("ZeroShotBatch", outputs))
 
-    def on_validation_batch_end(self, outputs: Batch, *args: object, **kwargs: object) -> None:
-        """See :meth:`tell_not_finite`."""
-        del args, kwargs
-        self.tell_not_finite(outputs)
+    def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - Lightning's
+        """See :func:`warn_of_not_finite`."""
+        del batch, batch_idx, dataloader_idx
+        warn_of_not_finite(cast("ZeroShotBatch", outputs))
 
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
-    @staticmethod
-    def tell_not_finite(batch: Batch) -> None:
-        """Name images that could not be scored; when a batch is done, since a device has to be waited for to know."""
-        if not batch.text_score.isfinite().all():
-            bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
-            names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
-            logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
+def warn_of_not_finite(batch: ZeroShotBatch) -> None:
+    """Name images that could not be scored; when a batch is done, since a device has to be waited for to know."""
+    if batch.text_score is not None and not batch.text_score.isfinite().all():
+        bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
+        names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
+        logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
 
-    def calibrate(self) -> None:
-        """Set score ranges and thresholds from validation data, as anomalib does where there is no checkpoint."""
-        data, trainer = self.trainer.datamodule, self.trainer
-        if not isinstance(self.post_processor, ClipAdPostProcessor) or not hasattr(data, "val_data"):
-            return
-        logger.info("Setting thresholds from %d validation images.", len(data.val_data))
-        loader = trainer.strategy.process_dataloader(data.val_dataloader())
-        for number, batch in enumerate(loader):
-            batch = trainer.strategy.batch_to_device(batch)
-            if self.pre_processor:
-                self.pre_processor.on_validation_batch_start(trainer, self, batch, number)
-            with trainer.precision_plugin.val_step_context():
-                self.post_processor.on_validation_batch_end(trainer, self, self.validation_step(batch))
-        self.post_processor.on_validation_epoch_end(trainer, self)
 
-    def features(self, batch: Batch) -> DualPathFeatures | None:
-        """Taps that came with a batch instead of its images, see :class:`anomalib_clipad.data.AuxiliaryDataModule`."""
-        features = getattr(batch, "features", None)
-        return features and DualPathFeatures(*([tokens.to(self.device) for tokens in taps] for taps in features))
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "ZeroShotMixin":  # noqa: ANN401 - Lightning's
-        """Build a model from a checkpoint, see :meth:`anomalib.models.components.AnomalibModule.load_from_checkpoint`.
-
-        Raises:
-            InputError: If the file is none.
-        """
-        _check_is_checkpoint(Path(checkpoint_path))
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is not CLIP, and the name of the CLIP it belongs to."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["state_dict"] = {
-            key: value for key, value in checkpoint["state_dict"].items() if not key.startswith(NOT_SAVED)
-        }
-        prompts = checkpoint["hyper_parameters"].get("prompts")
-        if isinstance(prompts, PromptEnsemble):
-            checkpoint["hyper_parameters"]["prompts"] = asdict(prompts)
-        fitted = self.trainer.state.fn == TrainerFn.FITTING
-        checkpoint[IDENTITY] = {**self._identity(), "class_names": list(self.model.class_names), "fitted": fitted}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over text vectors, score ranges and thresholds, if they were made with this CLIP.
-
-        Raises:
-            InputError: If the checkpoint is another model's, or of another CLIP.
-        """
-        super().on_load_checkpoint(checkpoint)
-        found = checkpoint.get(IDENTITY)
-        if not isinstance(found, Mapping):
-            msg = f"The checkpoint is not one of {type(self).__name__}; give the model.ckpt that its test run wrote."
-            raise InputError(msg)
-        own = self._identity()
-        differing = [key for key in own if found.get(key) != own[key]]
-        if differing and differing != ["backbone"]:  # the same weights under another name are the same CLIP
-            sides = "; ".join(f"{key} was {found.get(key)!r}, here it is {own[key]!r}" for key in differing)
-            msg = f"The checkpoint does not fit this model: {sides}; give the model the arguments it was made with."
-            raise InputError(msg)
-        state = checkpoint["state_dict"]
-        self.model.class_names = tuple(found["class_names"])
-        self._restored = True
-        self.model.text_features = torch.empty_like(state["model.text_features"], device=self.device)
-        state.update({key: value for key, value in self.state_dict().items() if key.startswith(NOT_SAVED)})
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "model": type(self).__name__,
-            "backbone": str(self.hparams.get("backbone")),
-            "weights": self._fingerprint,
-            "layers": list(self.model.visual.layers),
-            "image_size": list(self.model.image_size),
-        }
+def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in state.items()}
 
 
 def _class_of(datamodule: object) -> str | None:
     names = (getattr(datamodule, key, None) for key in ("category", "name"))
     return next((name for name in names if isinstance(name, str) and name.strip()), None)
-
-
-def _check_is_checkpoint(path: Path) -> None:
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        what = "is not a checkpoint" if path.exists() else "does not exist"
-        msg = f"ckpt_path {path} {what}; give the model.ckpt that a test run of this model wrote."
-        raise InputError(msg)

@@ -1,6 +1,7 @@
 """From scores to what a user sees: values in [0, 1], labels and masks."""
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -10,7 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics.aggregation import CatMetric
 
 from anomalib_clipad.components.float32 import Float32Buffers
-from anomalib_clipad.components.scores import MapScale, Scores
+from anomalib_clipad.components.scores import MapScale, Prediction, ScoreFusion
+from anomalib_clipad.data.batch import ZeroShotBatch
 
 STEP = 0.01  # as far below a score as its threshold may look for the next one
 
@@ -18,9 +20,9 @@ STEP = 0.01  # as far below a score as its threshold may look for the next one
 class ClipAdPostProcessor(Float32Buffers, PostProcessor):
     """anomalib's post-processor for a model whose image score is made of two.
 
-    With labelled validation data: both scores are min-max normalised over it, added and halved (the paper's image
-    score), and the thresholds of labels and masks are those of the best F1. Without: labels and masks follow the
-    model's fixed rules, and the map is brought into (0, 1) by the model's scale.
+    With labelled validation data the model's score fusion is fitted, and the thresholds of labels and masks are those
+    of the best F1. Without, an image is anomalous if its text score is above 0.5, a pixel if its map value is above the
+    centre of the model's scale, and that scale brings the map into (0, 1).
 
     Args:
         map_scale: The model's, which brings its maps into (0, 1).
@@ -30,9 +32,10 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         pixel_sensitivity: Likewise for pixels.
 
     Example:
-        >>> raw = InferenceBatch(torch.tensor([0.6]), torch.tensor([True]), torch.zeros(1, 4, 4), None)
-        >>> ClipAdPostProcessor(MapScale(centre=0.0, slope=50.0))(raw).anomaly_map.unique()
-        tensor([0.5000])
+        >>> raw = Prediction(torch.tensor([0.6]), torch.zeros(1, 4, 4), torch.tensor([0.7]), torch.tensor([0.0]))
+        >>> processed = ClipAdPostProcessor(MapScale(centre=0.0, slope=50.0))(raw)
+        >>> processed.anomaly_map.unique(), processed.pred_label
+        (tensor([0.5000]), tensor([True]))
     """
 
     def __init__(
@@ -58,8 +61,8 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Batch,
-        *args: object,
-        **kwargs: object,
+        *args: Any,  # noqa: ANN401 - Lightning's
+        **kwargs: Any,  # noqa: ANN401 - Lightning's
     ) -> None:
         """Collect the scores of a labelled batch; they can be normalised only when all are known."""
         del pl_module, args, kwargs
@@ -72,13 +75,11 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         self._pixel_min_max_metric.update(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the score ranges and the thresholds."""
+        """Have the score ranges fitted, and set the thresholds."""
         if not self._labels.update_called:
             return
         text, maps = self._text_scores.compute().reshape(-1), self._map_scores.compute().reshape(-1)
-        both = torch.stack([text, maps], dim=-1)
-        pl_module.model.set_score_range(both.amin(dim=0), both.amax(dim=0))
-        scores = pl_module.model.image_score(Scores(torch.empty(0), text, maps))
+        scores = cast("ScoreFusion", pl_module.model.fusion).fit(text, maps)
         labels = self._labels.compute().reshape(-1).int()
         epoch = SimpleNamespace(pred_score=scores, gt_label=labels)
         self._image_threshold_metric.update(epoch)
@@ -92,34 +93,29 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             lower = torch.where(scores < threshold, scores, -torch.inf).max().clamp(min=threshold - STEP)
             threshold.copy_((threshold + lower) / 2)
 
-    def forget(self) -> None:
-        """Forget thresholds and ranges, which belong to other classes."""
-        for buffer in self.buffers(recurse=False):
-            buffer.fill_(float("nan"))
-
     def post_process_batch(self, batch: Batch) -> None:
         """Normalise and threshold a batch in place."""
-        batch.update(
-            **self(
-                InferenceBatch(batch.pred_score, batch.pred_label, batch.anomaly_map, batch.pred_mask),
-            )._asdict(),
-        )
+        ours = cast("ZeroShotBatch", batch)
+        prediction = Prediction(*(getattr(ours, name) for name in Prediction._fields))
+        batch.update(**self(prediction)._asdict())
 
-    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
-        """Normalise and threshold what the model returned.
+    def forward(self, predictions: Prediction) -> InferenceBatch:  # type: ignore[override]  # it needs both scores
+        """Normalise and threshold what the network returned.
 
         Args:
-            predictions: The model's output: image scores, labels by rule, raw maps, masks by rule.
+            predictions: The network's output.
 
         Returns:
-            Scores and maps in [0, 1]; labels and masks by threshold where one is known, else as given.
+            Scores and maps in [0, 1]; labels and masks by threshold where one is known, else by rule.
         """
-        score, label, anomaly_map, mask = predictions
+        score, anomaly_map, text_score, _ = predictions
+        label = mask = None
         if self.enable_thresholding:
-            label = self._threshold(score, label, "image", self.image_sensitivity)
-            mask = self._threshold(anomaly_map, mask, "pixel", self.pixel_sensitivity)
-        else:
-            label = mask = None
+            # What is not a number is anomalous.
+            label = self._threshold(score, ~(text_score <= 0.5), "image", self.image_sensitivity)
+            mask = self._threshold(
+                anomaly_map, ~(anomaly_map <= self.map_scale.centre), "pixel", self.pixel_sensitivity
+            )
         if self.enable_normalization:
             score = score.clamp(0, 1)
             anomaly_map = torch.where(
@@ -129,17 +125,11 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             )
         return InferenceBatch(score, label, anomaly_map, mask)
 
-    def _threshold(
-        self,
-        scores: torch.Tensor,
-        by_rule: torch.Tensor | None,
-        level: str,
-        sensitivity: float,
-    ) -> torch.Tensor:
+    def _threshold(self, scores: torch.Tensor, by_rule: torch.Tensor, level: str, sensitivity: float) -> torch.Tensor:
         threshold = getattr(self, f"{level}_threshold")
         above = self._normalize(scores, *self._range(level)) > 1 - sensitivity
         # Not torch.where, which ONNX Runtime has no implementation of for truth values.
-        return above if by_rule is None else (by_rule & threshold.isnan()) | (above & ~threshold.isnan())
+        return (by_rule & threshold.isnan()) | (above & ~threshold.isnan())
 
     def _range(self, level: str) -> tuple[torch.Tensor, ...]:
         """Minimum, maximum and threshold; finite where unknown, since quantisers stumble over branches not taken."""

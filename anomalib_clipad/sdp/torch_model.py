@@ -4,10 +4,10 @@ CLIP-AD (arXiv 2311.00453), section 3. Nothing is trained.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import open_clip
 import torch
-from anomalib.data import InferenceBatch
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ from anomalib_clipad.components import (
     load_backbone,
 )
 from anomalib_clipad.components.representative_vector import check_rvs
-from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Scores, text_score
+from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.errors import InputError
 
@@ -61,8 +61,6 @@ class ClipAdSdpModel(Float32Buffers):
     """
 
     text_features: torch.Tensor
-    score_min: torch.Tensor
-    score_max: torch.Tensor
     text_encoder: TextEncoder | None  # none in an exported model
     with_original = False  # whether the original path's taps are needed
 
@@ -93,12 +91,10 @@ class ClipAdSdpModel(Float32Buffers):
         self.grid = self.visual.grid(self.image_size)
         self.sigma = PAPER_SIGMA * self.image_size[0] / PAPER_SIZE if sigma is None else sigma
         self.smoothing = GaussianSmoothing(self.image_size, self.sigma)
+        self.fusion = ScoreFusion(self.map_scale)
 
         self.class_names: tuple[str, ...] = ()
         self.register_buffer("text_features", torch.empty(0, 2, self.visual.embed_dim))  # normal, anomalous
-        # Range of the text and the map score on labelled validation data; unknown until then.
-        self.register_buffer("score_min", torch.full((2,), float("nan")))
-        self.register_buffer("score_max", torch.full((2,), float("nan")))
         if class_names:
             self.set_classes(class_names)
 
@@ -125,18 +121,33 @@ class ClipAdSdpModel(Float32Buffers):
         vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
         self.text_features = torch.stack(vectors).to(self.text_features.device)
         self.class_names = tuple(class_names)
-        self.set_score_range(torch.full((2,), float("nan")), torch.full((2,), float("nan")))
+        self.fusion.reset()
 
     def forget_classes(self) -> None:
         """Have no class and no score ranges, as at the beginning."""
         self.class_names = ()
         self.text_features = self.text_features[:0]
-        self.set_score_range(torch.full((2,), float("nan")), torch.full((2,), float("nan")))
+        self.fusion.reset()
 
-    def set_score_range(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
-        """Range of the (text, map) scores on a data set, by which :meth:`forward` min-max normalises them."""
-        self.score_min.copy_(minimum)
-        self.score_max.copy_(maximum)
+    def get_extra_state(self) -> dict[str, list[str]]:
+        """What a state dict keeps beside tensors: the classes that the text vectors belong to."""
+        return {"class_names": list(self.class_names)}
+
+    def set_extra_state(self, state: Mapping[str, Sequence[str]]) -> None:
+        """Take over the classes of a state dict."""
+        self.class_names = tuple(state["class_names"])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - torch's
+        **kwargs: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        text_features = state_dict.get(f"{prefix}text_features")
+        if text_features is not None and text_features.shape[1:] == self.text_features.shape[1:]:
+            self.text_features = torch.empty_like(text_features, device=self.text_features.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "ClipAdSdpModel":
         """Set the training mode; CLIP is frozen and stays in eval mode."""
@@ -144,12 +155,8 @@ class ClipAdSdpModel(Float32Buffers):
         self.visual.eval()
         return self
 
-    def forward(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> InferenceBatch:
+    def forward(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Prediction:
         """Score images.
-
-        With score ranges known (:meth:`set_score_range`) the image score is the paper's: text and map score, each
-        min-max normalised, added and halved. Without, the map score is brought into (0, 1) by :attr:`map_scale` first,
-        and the labels follow fixed rules: anomalous if the text score, or for a pixel the map, says so rather than not.
 
         Args:
             images: (B, 3, H, W) of the model's image size, normalised as CLIP expects. An image that is not finite
@@ -157,21 +164,17 @@ class ClipAdSdpModel(Float32Buffers):
             class_index: (B,) index into ``class_names``; the first class for all by default.
 
         Returns:
-            ``pred_score`` (B,), ``pred_label`` (B,) bool, ``anomaly_map`` (B, H, W), ``pred_mask`` (B, H, W) bool.
+            The map, its two scores, and both as one, see :class:`anomalib_clipad.components.ScoreFusion`.
 
         Raises:
-            InputError: If no class is set, or the images are of another size.
+            InputError: If no class is set, or the images or the index are of another shape or type.
         """
         return self.predictions(self.scores(images, class_index))
 
-    def predictions(self, scores: Scores) -> InferenceBatch:
-        """Image score, and labels and masks by rule, which call what is not a number anomalous."""
-        return InferenceBatch(
-            pred_score=self.image_score(scores),
-            pred_label=~(scores.text_score <= 0.5),
-            anomaly_map=scores.anomaly_map,
-            pred_mask=~(scores.anomaly_map <= self.map_scale.centre),
-        )
+    def predictions(self, scores: Scores) -> Prediction:
+        """The two scores of an image as one."""
+        fused = self.fusion(scores.text_score, scores.map_score)
+        return Prediction(fused, scores.anomaly_map, scores.text_score, scores.map_score)
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of images, see :meth:`forward`."""
@@ -185,6 +188,11 @@ class ClipAdSdpModel(Float32Buffers):
     def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of taps computed before; in float32, whatever the tower's precision."""
         text_features = self.select_text_features(class_index)
+        if class_index is not None and len(class_index) != len(features.surgery[-1]):
+            msg = (
+                f"class_index must name a class for each of {len(features.surgery[-1])} images, got {len(class_index)}."
+            )
+            raise InputError(msg)
         with torch.autocast(text_features.device.type, enabled=False):
             anomaly_map = self.smoothing(self.map_before_smoothing(features, text_features))
             text = text_score(features.surgery[-1], text_features)
@@ -200,25 +208,26 @@ class ClipAdSdpModel(Float32Buffers):
         patches = patches.reshape(-1, 1, *self.grid)
         return F.interpolate(patches, size=self.image_size, mode="bilinear", align_corners=False)[:, 0]
 
-    def image_score(self, scores: Scores) -> torch.Tensor:
-        """One score an image, (B,): text score and map score, normalised and halved."""
-        both = torch.stack([scores.text_score, scores.map_score], dim=-1)
-        minimum, maximum = self.score_min.nan_to_num(), self.score_max.nan_to_num()  # as in the post-processor
-        extent = maximum - minimum
-        normalised = (both - minimum) / torch.where(extent > 0, extent, 1.0)
-        by_rule = torch.stack([scores.text_score, self.map_scale.squash(scores.map_score)], dim=-1)
-        return torch.where(self.score_min.isnan(), by_rule, normalised).mean(dim=-1)
-
     def select_text_features(self, class_index: torch.Tensor | None = None) -> torch.Tensor:
         """Text vectors of a batch: (B, 2, D) by class, or (2, D) of the first class for all images.
 
         Raises:
-            InputError: If no class is set.
+            InputError: If no class is set, or the index is of another type, or names a class that there is not.
         """
         if not len(self.text_features):
             msg = "No class is set, so there is nothing to compare the images with; call set_classes(['...']) first."
             raise InputError(msg)
-        return self.text_features[0] if class_index is None else self.text_features[class_index]
+        if class_index is None:
+            return self.text_features[0]
+        if class_index.ndim != 1 or class_index.is_floating_point() or class_index.is_complex():
+            msg = f"class_index must hold one whole number an image, got {class_index.dtype} of {class_index.shape}."
+            raise InputError(msg)
+        # On a GPU the values are not looked at, which would wait for it.
+        outside = class_index.device.type == "cpu" and ((class_index < 0) | (class_index >= len(self.text_features)))
+        if outside is not False and bool(outside.any()):
+            msg = f"class_index must lie in 0 to {len(self.text_features) - 1}, got {class_index.tolist()}."
+            raise InputError(msg)
+        return self.text_features[class_index]
 
 
 def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -234,5 +243,5 @@ def _rvs_options(rvs: str | Mapping[str, str | float]) -> dict[str, str | float]
     if "method" not in options:
         msg = f"rvs must name its method, for example {{'method': 'dbscan', 'eps': 1.5}}, got {dict(rvs)}."
         raise InputError(msg)
-    check_rvs(**options)  # told now rather than after the prompts were encoded
+    check_rvs(**options)  # now rather than after the prompts were encoded
     return options

@@ -44,6 +44,11 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         stages = len(self.visual.layers)
         return MapScale(centre=stages / 2, slope=8 / stages)
 
+    @property
+    def trained_layers(self) -> nn.ModuleList:
+        """The adapter: what is trained, and kept in a checkpoint."""
+        return self.adapter
+
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """SDP's map plus the layers' anomalous probabilities, (B, H, W)."""
         total = super().map_before_smoothing(features, text_features)

@@ -65,10 +65,8 @@ def main() -> None:
                 variants["same surgery on the original path"] = features._replace(surgery=original)
             for name, taps in variants.items():
                 scores = model.scores_of(taps)
-                parts = (scores.text_score, scores.map_score)
-                model.set_score_range(torch.stack([p.min() for p in parts]), torch.stack([p.max() for p in parts]))
                 maps = scores.anomaly_map.numpy().ravel()
-                image = roc_auc_score(labels, model.image_score(scores))
+                image = roc_auc_score(labels, model.fusion.fit(scores.text_score, scores.map_score))
                 pixel = (roc_auc_score(masks.ravel(), maps), average_precision_score(masks.ravel(), maps))
                 figures[name].append((image, *pixel))
     table = pd.DataFrame({name: np.mean(rows, axis=0) for name, rows in figures.items()}).T

@@ -1,0 +1,179 @@
+"""Checkpoints of a zero-shot CLIP model: everything but the CLIP, which comes from its own weights."""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from anomalib_clipad.components import PromptEnsemble, fingerprint
+from anomalib_clipad.errors import InputError
+
+if TYPE_CHECKING:
+    from anomalib_clipad.engine.module import ZeroShotNetwork
+
+    _Module = AnomalibModule
+else:
+    _Module = object  # anomalib takes every direct subclass of its module for a model
+
+IDENTITY = "clip_ad"  # key of our part of a checkpoint
+# Not saved: CLIP comes from its own weights, the metrics from the arguments.
+NOT_SAVED = ("model.visual.", "evaluator.")
+EXTRA_STATE = "model._extra_state"  # torch's key of what the network keeps beside tensors
+# Buffers that have moved since version 0.1.
+MOVED = {"model.score_min": "model.fusion.score_min", "model.score_max": "model.fusion.score_max"}
+# Unknown until there are labelled validation data, and NaN until then.
+MAY_BE_NAN = ("model.fusion.", "post_processor.")
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
+
+
+class CheckedCheckpointIO(AnomalibCheckpointIO):
+    """anomalib's reader of checkpoints, for files that may be damaged or of another kind.
+
+    Example:
+        >>> CheckedCheckpointIO().load_checkpoint("missing.ckpt")
+        Traceback (most recent call last):
+        ...
+        anomalib_clipad.errors.InputError: ckpt_path missing.ckpt does not exist; give the model.ckpt that ...
+    """
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - anomalib's
+        """Read a checkpoint.
+
+        Raises:
+            InputError: If it cannot be read.
+        """
+        check_is_checkpoint(path)
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except UNREADABLE as error:
+            raise InputError(_damaged(path, error)) from error
+
+
+def check_is_checkpoint(path: str | Path) -> None:
+    """Refuse a file that is no checkpoint.
+
+    Raises:
+        InputError: If the file is missing or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        what = "is not a checkpoint" if path.exists() else "does not exist"
+        msg = f"ckpt_path {path} {what}; give the model.ckpt that a test run of this model wrote."
+        raise InputError(msg)
+
+
+class CheckpointMixin(_Module):
+    """Saves and restores a model without its CLIP; see :class:`anomalib_clipad.engine.module.ZeroShotMixin`."""
+
+    model: "ZeroShotNetwork"  # type: ignore[assignment]  # a module that satisfies the protocol
+    fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
+    restored: bool = False  # whether text vectors and thresholds came with a checkpoint
+
+    def identify(self, visual: nn.Module) -> None:
+        """Remember which CLIP this is."""
+        self.fingerprint = fingerprint(visual)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        return {
+            "model": type(self).__name__,
+            "backbone": str(self.hparams.get("backbone")),
+            "weights": self.fingerprint,
+            "layers": list(self.model.visual.layers),
+            "image_size": list(self.model.image_size),
+        }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "CheckpointMixin":  # type: ignore[override]  # noqa: ANN401 - Lightning's
+        """Build a model from a checkpoint, see :meth:`anomalib.models.components.AnomalibModule.load_from_checkpoint`.
+
+        Raises:
+            InputError: If the file cannot be read, or is another model's.
+        """
+        check_is_checkpoint(checkpoint_path)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except InputError:
+            raise
+        except UNREADABLE as error:
+            raise InputError(_damaged(checkpoint_path, error)) from error
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - torch's
+        """Load a state dict, also one without the CLIP, as checkpoints have it."""
+        own = {key: value for key, value in self.state_dict().items() if key.startswith((*NOT_SAVED, EXTRA_STATE))}
+        return super().load_state_dict({**own, **_moved(state_dict)}, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is not CLIP, and the name of the CLIP it belongs to."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] = {
+            key: value for key, value in checkpoint["state_dict"].items() if not key.startswith(NOT_SAVED)
+        }
+        prompts = checkpoint["hyper_parameters"].get("prompts")
+        if isinstance(prompts, PromptEnsemble):
+            checkpoint["hyper_parameters"]["prompts"] = asdict(prompts)
+        fitted = self.trainer.state.fn == TrainerFn.FITTING
+        checkpoint[IDENTITY] = {**self.identity(), "class_names": list(self.model.class_names), "fitted": fitted}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over text vectors, score ranges and thresholds, if they were made with this CLIP.
+
+        Raises:
+            InputError: If the checkpoint is another model's, of another CLIP, or damaged.
+        """
+        super().on_load_checkpoint(checkpoint)
+        found = checkpoint.get(IDENTITY)
+        if not isinstance(found, Mapping):
+            msg = f"The checkpoint is not one of {type(self).__name__}; give the model.ckpt that its test run wrote."
+            raise InputError(msg)
+        own = self.identity()
+        differing = [key for key in own if found.get(key) != own[key]]
+        if differing and differing != ["backbone"]:  # the same weights under another name are the same CLIP
+            sides = "; ".join(f"{key} was {found.get(key)!r}, here it is {own[key]!r}" for key in differing)
+            msg = f"The checkpoint does not fit this model: {sides}; give the model the arguments it was made with."
+            raise InputError(msg)
+        state = _moved(checkpoint.get("state_dict", {}))
+        state.setdefault(EXTRA_STATE, {"class_names": list(found.get("class_names", ()))})
+        expected = {key: value for key, value in self.state_dict().items() if not key.startswith(NOT_SAVED)}
+        _check_state(state, expected)
+        checkpoint["state_dict"] = state
+        self.restored = True
+
+
+def _moved(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {MOVED.get(key, key): value for key, value in state.items()}
+
+
+def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    problems = [f"lacks {key}" for key in expected if key not in state]
+    for key, value in state.items():
+        wanted = expected.get(key)
+        if key == EXTRA_STATE:
+            continue
+        if not isinstance(value, torch.Tensor) or not isinstance(wanted, torch.Tensor):
+            problems.append(f"has an unknown {key}" if wanted is None else f"has no tensor as {key}")
+        elif value.shape != wanted.shape and not (key == "model.text_features" and value.shape[1:] == wanted.shape[1:]):
+            problems.append(f"has {key} of shape {tuple(value.shape)} instead of {tuple(wanted.shape)}")
+        elif value.dtype != wanted.dtype:
+            problems.append(f"has {key} of type {value.dtype} instead of {wanted.dtype}")
+        elif not key.startswith(MAY_BE_NAN) and not value.isfinite().all():
+            problems.append(f"has values in {key} that are not finite")
+    names, vectors = state[EXTRA_STATE].get("class_names"), state.get("model.text_features")
+    if isinstance(vectors, torch.Tensor) and (not isinstance(names, list) or len(names) != len(vectors)):
+        problems.append(f"has {len(vectors)} pairs of text vectors for the classes {names!r}")
+    if problems:
+        msg = f"The checkpoint is damaged: it {problems[0]}; make it again with a test run of this model."
+        raise InputError(msg)
+
+
+def _damaged(path: str | Path, error: BaseException) -> str:
+    # Not torch's own words, which advise to load the file without protection.
+    return f"ckpt_path {path} cannot be read ({type(error).__name__}); it is damaged, or of another program."

@@ -1,0 +1,152 @@
+"""What anomalib and Lightning have no seam for, each as a context manager that leaves the trainer as it was.
+
+A run enters them through :class:`RunGuard`, which also ends them when the run fails.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from anomalib.data import AnomalibDataModule
+from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from anomalib_clipad.data.readable import ReadableDataLoader
+from anomalib_clipad.engine.checkpoint import CheckedCheckpointIO
+
+LOOPS = {
+    TrainerFn.FITTING: "fit_loop",
+    TrainerFn.VALIDATING: "validate_loop",
+    TrainerFn.TESTING: "test_loop",
+    TrainerFn.PREDICTING: "predict_loop",
+}
+
+
+def datamodule_of(trainer: Trainer) -> AnomalibDataModule | None:
+    """The data module of the present run; ``trainer.datamodule`` may be that of an earlier one."""
+    if trainer.state.fn is None:
+        return None
+    source = getattr(trainer, LOOPS[trainer.state.fn])._data_source.instance
+    return source if isinstance(source, AnomalibDataModule) else None
+
+
+def drop_components_of_other_models(trainer: Trainer) -> None:
+    """Remove the callbacks that another model has left in the trainer.
+
+    Lightning replaces a callback by one of the same class or of a subclass only. One engine then runs the components of
+    two models at once if their classes differ. Users give these kinds to the model; an evaluator of a class of its own
+    may be the engine's and stays.
+    """
+    trainer.callbacks = [
+        callback
+        for callback in trainer.callbacks
+        if not isinstance(callback, PreProcessor | PostProcessor | Visualizer | RunGuard)
+        and type(callback) is not Evaluator
+    ]
+
+
+@contextmanager
+def readable_images(trainer: Trainer) -> Iterator[None]:
+    """Skip images that cannot be read, and give each image to one process.
+
+    Only a strategy of one's own could wrap the loaders that Lightning makes, and the strategy is the user's choice.
+    """
+    strategy = trainer.strategy
+    process_dataloader = strategy.process_dataloader
+    # Not while fitting, where the processes wait for each other at every batch.
+    each_once = trainer.state.fn != TrainerFn.FITTING
+
+    def process(dataloader: object) -> object:
+        dataloader = process_dataloader(dataloader)
+        return ReadableDataLoader(dataloader, each_once) if ReadableDataLoader.can_wrap(dataloader) else dataloader
+
+    strategy.process_dataloader = process  # type: ignore[method-assign]  # for this run, see above
+    try:
+        yield
+    finally:
+        del strategy.process_dataloader
+
+
+@contextmanager
+def own_figures(trainer: Trainer) -> Iterator[None]:
+    """Let the trainer forget which figures were logged, before and after this run.
+
+    It keeps them under their names, and refuses a figure of one name that comes from another metric of another model.
+    """
+    loops = (trainer.validate_loop, trainer.test_loop)
+    for loop in loops:
+        loop._results.clear()
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop._results.clear()
+
+
+@contextmanager
+def checked_checkpoints(trainer: Trainer) -> Iterator[None]:
+    """Read checkpoints with sentences for those that cannot be read; Lightning's own seam, used for one run."""
+    reader = trainer.strategy.checkpoint_io
+    if type(reader) is AnomalibCheckpointIO:
+        trainer.strategy.checkpoint_io = CheckedCheckpointIO(reader.extra_safe_globals)
+    try:
+        yield
+    finally:
+        trainer.strategy.checkpoint_io = reader
+
+
+@contextmanager
+def no_validation(trainer: Trainer) -> Iterator[None]:
+    """Run no validation batch: anomalib validates zero-shot models first, also without validation data."""
+    limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
+    try:
+        yield
+    finally:
+        trainer.limit_val_batches = limit
+
+
+@contextmanager
+def own_callbacks(trainer: Trainer, model: LightningModule) -> Iterator[None]:
+    """Take the model's callbacks out of the trainer again, so that the next model on one engine runs without them."""
+    ours = {id(component) for component in model.children() if isinstance(component, Callback)}
+    try:
+        yield
+    finally:
+        trainer.callbacks = [callback for callback in trainer.callbacks if id(callback) not in ours]
+
+
+class RunGuard(Callback):
+    """Enters the context managers of this file at the start of a run, and leaves them at its end.
+
+    Example:
+        >>> RunGuard().state_key
+        'RunGuard'
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prepare the trainer."""
+        self._stack.enter_context(own_callbacks(trainer, pl_module))
+        self._stack.enter_context(readable_images(trainer))
+        self._stack.enter_context(checked_checkpoints(trainer))
+        self._stack.enter_context(own_figures(trainer))
+        datamodule = datamodule_of(trainer)
+        if stage == "validate" and datamodule is not None and not hasattr(datamodule, "val_data"):
+            self._stack.enter_context(no_validation(trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the trainer as it was."""
+        del pl_module, stage
+        self._stack.close()
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Likewise after a failure."""
+        del exception
+        self.teardown(trainer, pl_module, "")

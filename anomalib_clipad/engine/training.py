@@ -1,0 +1,204 @@
+"""Training of a model's own layers on auxiliary data, after which it is a zero-shot model like the others.
+
+CLIP-AD (arXiv 2311.00453), section 3.4; what is learned belongs to the network, see :class:`TrainableNetwork`.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from anomalib import LearningType
+from anomalib.callbacks.checkpoint import ModelCheckpoint
+from anomalib.data import AnomalibDataModule, Batch, ImageBatch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import nn
+
+from anomalib_clipad.components import DualPathFeatures
+from anomalib_clipad.data import AuxiliaryDataModule
+from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.engine.checkpoint import IDENTITY
+from anomalib_clipad.engine.host import datamodule_of
+from anomalib_clipad.engine.module import ZeroShotMixin, ZeroShotNetwork
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+from anomalib_clipad.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+PAPER_EPOCHS = 5
+
+
+class TrainableNetwork(ZeroShotNetwork, Protocol):
+    """A network with layers that are trained."""
+
+    @property
+    def trained_layers(self) -> nn.Module:
+        """What the optimiser sees and a checkpoint keeps."""
+
+    def loss(
+        self, original: list[torch.Tensor], masks: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Focal and Dice loss of taps against masks."""
+
+
+class AuxiliaryTrainingMixin(ZeroShotMixin):
+    """Adds training on an :class:`anomalib_clipad.data.AuxiliaryDataModule`; its user calls :meth:`adopt_training`."""
+
+    model: TrainableNetwork
+    lr: float
+    trained: bool = False
+    trained_on: list[str]
+    _uncalibrated: bool = False  # whether the layers came with a checkpoint that holds no thresholds
+
+    def adopt_training(self, lr: float, trained_on: Sequence[str] | None) -> None:
+        """Take over the learning rate, and the categories that were trained on; ``None`` for untrained layers."""
+        self.lr = lr
+        self.trained = trained_on is not None
+        self.trained_on = list(trained_on or ())
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Zero-shot once it is trained; until then anomalib's engine must be willing to train it."""
+        return LearningType.ZERO_SHOT if self.trained else LearningType.ONE_CLASS
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam on the trained layers."""
+        return torch.optim.Adam(self.model.trained_layers.parameters(), lr=self.lr)
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Keep the best checkpoint by validation pixel AP while training."""
+        callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
+        if self.trainer.state.fn == TrainerFn.FITTING and self.evaluator and len(self.evaluator.val_metrics):
+            folder = Path(self.trainer.default_root_dir) / "weights" / "lightning"
+            callbacks.append(ModelCheckpoint(folder, "model", monitor="pixel_AP", mode="max", save_weights_only=True))
+            # Resuming needs the latest state, and the optimiser's.
+            callbacks.append(ModelCheckpoint(folder, save_top_k=0, save_last=True))
+        return callbacks
+
+    @property
+    def trainer(self) -> Trainer:
+        """Lightning's trainer."""
+        return cast("Trainer", super().trainer)
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        # Lightning attaches the trainer before it replaces an unset limit by 1000 epochs.
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+            if trainer.fit_loop.max_epochs is None and trainer.max_steps == -1 and not timed:
+                logger.info("max_epochs was not set; %d as in the paper.", PAPER_EPOCHS)
+                trainer.fit_loop.max_epochs = PAPER_EPOCHS
+        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]  # a property's setter
+
+    def on_fit_start(self) -> None:
+        """Encode the prompts of all categories, and compute the features if they are to be cached."""
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, AuxiliaryDataModule):
+            msg = (
+                f"SDP+ is trained on an AuxiliaryDataModule, got {type(data).__name__}; see configs/"
+                "sdp_plus_train_visa.yaml."
+            )
+            raise InputError(msg)
+        self.trained_on = list(data.class_names)
+        self.model.set_classes(data.class_names)
+        data.cache(self._taps, f"{self.fingerprint} {self.model.visual.layers} {self.model.image_size}")
+
+    def on_train_end(self) -> None:
+        """From now on a zero-shot model, of no class yet."""
+        self.trained = True
+        self.model.forget_classes()
+
+    def _taps(self, batch: ImageBatch) -> tuple[DualPathFeatures, torch.Tensor]:
+        transform = self.pre_processor.transform if self.pre_processor else None
+        images, masks = transform(batch.image, batch.gt_mask) if transform else (batch.image, batch.gt_mask)
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            features = self.model.visual(images.to(self.device))
+        return DualPathFeatures(*([tokens.cpu() for tokens in taps] for taps in features)), masks
+
+    def training_step(self, batch: ZeroShotBatch, batch_idx: int = 0) -> STEP_OUTPUT:
+        """Focal and Dice loss, summed over the taps."""
+        del batch_idx
+        features = batch.features
+        if features is None:
+            with torch.no_grad():
+                features = self.model.visual(batch.image)
+        focal, dice = self.model.loss(features.original, batch.gt_mask, batch.class_index)
+        loss = focal + dice
+        parts = {"train_loss": loss, "train_focal": focal, "train_dice": dice}
+        self.log_dict(parts, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(batch.gt_mask))
+        return loss
+
+    def prepare_classes(self) -> None:
+        """Refuse to score with untrained layers; else as SDP, with a warning of categories that were trained on."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            return
+        self.check_trained()
+        super().prepare_classes()
+        if self._uncalibrated:
+            # anomalib takes a checkpoint's thresholds for granted, but a training run has none for these data.
+            self._uncalibrated = False
+            self.calibrate()
+        if seen := sorted(set(self.model.class_names) & set(self.trained_on)):
+            logger.warning(
+                "The layers were trained on %s: what they score there is not a zero-shot result.", ", ".join(seen)
+            )
+
+    def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
+        """Refuse to export untrained layers."""
+        self.check_trained()
+        super().prepare_export(datamodule)
+
+    def check_trained(self) -> None:
+        """Refuse to go on with untrained layers.
+
+        Raises:
+            InputError: If nothing was trained or loaded.
+        """
+        if not self.trained:
+            msg = (
+                "SDP+ has no trained layers yet; give adapter a file, or train it: "
+                "anomalib fit --config configs/sdp_plus_train_visa.yaml."
+            )
+            raise InputError(msg)
+
+    def calibrate(self) -> None:
+        """Set score ranges and thresholds from validation data, as anomalib does where there is no checkpoint."""
+        data, post_processor = datamodule_of(self.trainer), self.post_processor
+        if not isinstance(post_processor, ClipAdPostProcessor) or data is None or not hasattr(data, "val_data"):
+            return
+        logger.info("Setting thresholds from %d validation images.", len(data.val_data))
+        trainer = self.trainer
+        for number, batch in enumerate(self._validation_batches(data)):
+            if self.pre_processor:
+                self.pre_processor.on_validation_batch_start(trainer, self, batch, number)
+            with trainer.precision_plugin.val_step_context():
+                post_processor.on_validation_batch_end(trainer, self, self.predict_step(batch))
+        post_processor.on_validation_epoch_end(trainer, self)
+
+    def _validation_batches(self, data: AnomalibDataModule) -> Iterator[Batch]:
+        strategy = self.trainer.strategy
+        for batch in cast("Iterator[Batch]", strategy.process_dataloader(data.val_dataloader())):
+            yield strategy.batch_to_device(batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the layers and what they were trained on."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[IDENTITY]["trained_on"] = self.trained_on
+        checkpoint["hyper_parameters"]["adapter"] = None  # it is in the checkpoint itself
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the layers; a training run's checkpoint leaves the class open."""
+        super().on_load_checkpoint(checkpoint)
+        self.trained = True
+        self.trained_on = list(checkpoint[IDENTITY].get("trained_on", ()))
+        if checkpoint[IDENTITY]["fitted"]:
+            self.restored, self._uncalibrated = False, True
+            self.model.forget_classes()
+            own = self.state_dict()
+            checkpoint["state_dict"] |= {
+                key: own[key] for key in own if key.startswith(("model.text_features", "model._extra_state"))
+            }
