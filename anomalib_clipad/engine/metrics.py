@@ -85,17 +85,17 @@ class PaperEvaluator(Evaluator):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured; torchmetrics would warn of the rest, or give 0."""
         one_kind = {key for key, extremes in self._extremes.items() if _all_alike(cast("nn.ModuleList", extremes))}
-        for metric in self.test_metrics:
-            if metric.update_called and metric.fields[1] in one_kind:
-                metric.reset()
         if "gt_label" in one_kind:
             logger.warning("The test images are all normal or all anomalous, so AUROC, AP and F1 are not defined.")
-        if trainer.barebones:
-            super().on_test_epoch_end(trainer, pl_module)
-            return
         for metric in self.test_metrics:
-            if metric.update_called:
-                self.log(metric.name, metric)
+            if not metric.update_called:
+                continue
+            if metric.fields[1] in one_kind:
+                metric.reset()
+                continue
+            self.log(metric.name, metric)
+            if trainer.barebones:  # where nothing is logged, as anomalib has it
+                trainer.callback_metrics[metric.name] = trainer.logged_metrics[metric.name] = metric.compute()
 
 
 def _all_alike(extremes: nn.ModuleList) -> bool:
