@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from anomalib_clipad.components import DualPathVisionTransformer
-from anomalib_clipad.components.dual_path import interpolate_positions
 from anomalib_clipad.errors import InputError
 
 from .conftest import Parity, make_clip
@@ -113,8 +112,6 @@ def test_positions_are_fitted_as_open_clip_does() -> None:
     native, wanted = make_clip(), make_clip(image_size=(48, 40))
     state = native.state_dict()
     resize_pos_embed(state, wanted, antialias=True)
-    ours = interpolate_positions(native.visual.positional_embedding, (4, 4), (6, 5))
-    torch.testing.assert_close(ours, state["visual.positional_embedding"], atol=1e-6, rtol=0)
     images = torch.randn(1, 3, 48, 40)
     wanted.load_state_dict(state)
     torch.testing.assert_close(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anomalib_clipad import ClipAdSdp
-from anomalib_clipad.components import DualPathVisionTransformer, dual_path
+from anomalib_clipad.components import DualPathVisionTransformer, attention
 
 from .conftest import build_model, make_clip, new_engine
 
@@ -35,7 +35,7 @@ def test_maps_agree_with_float32(small_clip: str, category: Path, tmp_path: Path
 @pytest.mark.parametrize("side", [32, 232])
 def test_bfloat16_features_agree_with_float64(monkeypatch: pytest.MonkeyPatch, units: bool, side: int) -> None:
     """On CPUs with bfloat16 units and without, on few and on many patches."""
-    monkeypatch.setattr(dual_path, "BFLOAT16_UNITS", units)
+    monkeypatch.setattr(attention, "BFLOAT16_UNITS", units)
     tower = DualPathVisionTransformer(make_clip().visual)
     for parameter in tower.parameters():
         parameter.data = parameter.data.bfloat16().double()  # its own rounding is not what is tested

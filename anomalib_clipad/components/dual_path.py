@@ -6,16 +6,14 @@ CLIP-AD (arXiv 2311.00453), section 3.2. Which original stream a tap sees follow
 from typing import NamedTuple
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional as F
 
+from anomalib_clipad.components.attention import attend
 from anomalib_clipad.errors import InputError
 
 STAGES = 4
-# Whether this CPU multiplies bfloat16 by itself; those that have AMX too, not tried here, are left to torch.
-_CPU = getattr(torch.cpu, "get_capabilities", dict)()
-BFLOAT16_UNITS = _CPU.get("avx512_bf16", False) and not _CPU.get("amx_bf16", False)
-FEW_TOKENS = 800  # beyond, fused attention is the faster one again
 
 
 class DualPathFeatures(NamedTuple):
@@ -119,29 +117,22 @@ class DualPathVisionTransformer(nn.Module):
                 taps.original.append(original)
 
         h = self._embed(images)  # (B, N + 1, W)
-        s: torch.Tensor | None = None
-        waiting: torch.Tensor | None = None  # surgery stream of the last tap, its class token still to come
+        s = h.new_zeros(())  # every stage begins with a block of its own
         for index, block in enumerate(visual.transformer.resblocks, start=1):
-            # Nothing but the class token of the last block's own path is looked at by SDP.
+            # SDP looks at nothing but the class token of the last block's own path.
             class_only = index == self.depth and not with_original
             attended, surgery = _dual_attention(block, block.ln_1(h), class_only)
             m = (h[:, :1] if class_only else h) + attended
-            if waiting is not None:
-                # The release reads a tap's original stream only after the next block's attention was added to it.
-                tap(waiting, m)
-                waiting = None
-                if index > last:
-                    break
+            if index - 1 in self.layers:
+                # The release reads a tap's original stream after the next block's attention was added to it.
+                tap(s, m)
+            if index > last:
+                return taps
             # A sum or a copy, never a view that would keep both paths' memory through the feed-forward.
             s = surgery.clone() if (index - 1) % self.stage_length == 0 else s + surgery
             del attended, surgery
             h = m + block.ls_2(block.mlp(block.ln_2(m)))
-            if index in self.layers:
-                if index < self.depth:
-                    waiting = s
-                else:
-                    tap(s, h)
-
+        tap(s, h)  # the tower's last block has no next one
         return taps
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -150,35 +141,10 @@ class DualPathVisionTransformer(nn.Module):
         x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, W)
         class_token = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = torch.cat([class_token, x], dim=1)
-        positions = interpolate_positions(visual.positional_embedding, tuple(visual.grid_size), grid)
+        positions = visual.positional_embedding[None]  # (1, N + 1, W)
+        if grid != tuple(visual.grid_size):  # asked here, because timm resizes to the same size while exporting
+            positions = resample_abs_pos_embed(positions, list(grid), list(visual.grid_size))
         return visual.ln_pre(x + positions.to(x.dtype))
-
-
-def interpolate_positions(
-    positions: torch.Tensor,
-    native: tuple[int, int],
-    grid: tuple[int, int],
-) -> torch.Tensor:
-    """Fit a tower's position embeddings to another patch grid, as open_clip does when it loads weights.
-
-    Args:
-        positions: (1 + N, W), class token first.
-        native: Rows and columns of ``positions``.
-        grid: Rows and columns wanted.
-
-    Returns:
-        (1 + rows * columns, W); ``positions`` itself if the grid is the native one.
-
-    Example:
-        >>> interpolate_positions(torch.rand(1 + 4 * 4, 8), (4, 4), (6, 5)).shape
-        torch.Size([31, 8])
-    """
-    if grid == native:
-        return positions
-    patches = positions[1:].float().reshape(1, *native, -1).permute(0, 3, 1, 2)  # (1, W, rows, columns)
-    patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    patches = patches.flatten(2)[0].T.to(positions.dtype)
-    return torch.cat([positions[:1], patches])
 
 
 def _dual_attention(block: nn.Module, n: torch.Tensor, class_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,21 +155,11 @@ def _dual_attention(block: nn.Module, n: torch.Tensor, class_only: bool) -> tupl
     q, k, v = qkv.reshape(b, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N + 1, d) each
     if class_only:
         q = q[:, :, :1]
-    attended = _attend(q, k, v)
-    surgery = _attend(v, v, v)
+    attended = attend(q, k, v)
+    surgery = attend(v, v, v)
     both = torch.cat([heads.transpose(1, 2).flatten(2) for heads in (attended, surgery)], dim=1)
     both = block.ls_1(attention.out_proj(both))  # one out-projection for both paths
     return both.split([q.shape[2], length], dim=1)
-
-
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Softmax attention: (B, heads, L, d) from queries (B, heads, L, d), keys and values (B, heads, N + 1, d)."""
-    bfloat16_cpu = BFLOAT16_UNITS and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if not bfloat16_cpu or k.shape[2] > FEW_TOKENS or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v)
-    # There the fused kernel takes as long as in float32, plain products half; one image at a time stays in the cache.
-    q = q * q.shape[-1] ** -0.5
-    return torch.stack([q_i.bmm(k_i.mT).softmax(-1).bmm(v_i) for q_i, k_i, v_i in zip(q, k, v, strict=True)])
 
 
 def _check_tower(visual: nn.Module) -> None:
