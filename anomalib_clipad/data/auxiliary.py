@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.data.datasets import AnomalibDataset
 from anomalib.data.utils import LabelName, ValSplitMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
+from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.data.datamodules import build_datamodule, categories_on_disk
 from anomalib_clipad.data.feature_cache import CachedFeatures
 from anomalib_clipad.errors import InputError
@@ -57,21 +58,15 @@ class AuxiliaryDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> ImageItem:
+    def __getitem__(self, index: int) -> ZeroShotItem:
         part, row = self.rows[index]
-        item = self.parts[part][row]
+        item = ZeroShotItem.of(self.parts[part][row])
         if item.gt_mask is None:  # a normal image of a data set without masks
             item.gt_mask = Mask(torch.zeros(item.image.shape[-2:], dtype=torch.uint8))
         item.class_index, item.index = part, index
         return item
 
-    @staticmethod
-    def collate_fn(items: list[ImageItem]) -> ImageBatch:
-        """A batch, its categories in ``class_index``."""
-        batch = ImageBatch.collate(items)
-        batch.class_index = torch.tensor([item.class_index for item in items])
-        batch.index = torch.tensor([item.index for item in items])
-        return batch
+    collate_fn = staticmethod(ZeroShotBatch.collate)
 
     def path(self, index: int) -> str:
         """Path of an image."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import ImageBatch, ImageItem
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from torchvision.tv_tensors import Image, Mask
 
 from anomalib_clipad.components.dual_path import DualPathFeatures
+from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 
 Entry = dict[str, torch.Tensor]
 
@@ -33,7 +33,7 @@ class CachedFeatures(Dataset):
         self,
         data: Any,  # noqa: ANN401 - imported by the module that defines it
         loader: DataLoader,
-        compute: Callable[[ImageBatch], tuple[DualPathFeatures, torch.Tensor]],
+        compute: Callable[[ZeroShotBatch], tuple[DualPathFeatures, torch.Tensor]],
         key: str,
         folder: Path | None,
     ) -> None:
@@ -73,28 +73,19 @@ class CachedFeatures(Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> ImageItem:
+    def __getitem__(self, index: int) -> ZeroShotItem:
         entry = self.entries[index] if self.folder is None else load_file(self._file(index))
-        item = ImageItem(
-            image=Image(torch.zeros(3, 1, 1)),  # nobody looks at it
+        taps = len([name for name in entry if name.startswith("original")])
+        return ZeroShotItem(
+            image=Image(torch.zeros(3, 1, 1)),  # the taps take its place
             gt_mask=Mask(entry["mask"]),
             gt_label=entry["label"],
             image_path=self.data.path(index),
+            class_index=self.data.rows[index][0],
+            index=index,
+            features=DualPathFeatures(
+                *([entry[f"{name}.{tap}"] for tap in range(taps)] for name in DualPathFeatures._fields)
+            ),
         )
-        item.class_index, item.index = self.data.rows[index][0], index
-        taps = len([name for name in entry if name.startswith("original")])
-        item.features = DualPathFeatures(
-            *([entry[f"{name}.{tap}"] for tap in range(taps)] for name in DualPathFeatures._fields)
-        )
-        return item
 
-    def collate_fn(self, items: list[ImageItem]) -> ImageBatch:
-        """A batch with its taps in ``features``."""
-        batch = self.data.collate_fn(items)
-        batch.features = DualPathFeatures(
-            *(
-                [torch.stack(tap) for tap in zip(*(getattr(item.features, name) for item in items), strict=True)]
-                for name in DualPathFeatures._fields
-            )
-        )
-        return batch
+    collate_fn = staticmethod(ZeroShotBatch.collate)
