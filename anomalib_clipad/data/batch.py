@@ -1,7 +1,7 @@
 """The batch of this package: anomalib's, with the fields that a zero-shot model reads and writes."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
@@ -72,7 +72,7 @@ class ZeroShotBatch(ImageBatch):
         return batch if isinstance(batch, cls) else cls(**_shared(batch))
 
     @property
-    def items(self) -> list[ZeroShotItem]:
+    def items(self) -> list[ZeroShotItem]:  # type: ignore[override]  # anomalib's list is invariant
         """The images one by one; anomalib's way would copy the whole batch first, and knows no taps."""
         names = [field.name for field in fields(self)]
         return [
@@ -84,12 +84,12 @@ class ZeroShotBatch(ImageBatch):
         return ImageBatch(**_shared(self)).to_numpy()
 
 
-def _shared(of: ImageItem | ImageBatch) -> dict[str, object]:
+def _shared(of: ImageItem | ImageBatch) -> dict[str, Any]:
     """What anomalib's own class has a field for."""
     return {field.name: getattr(of, field.name) for field in fields(ImageItem)}
 
 
-def _row(value: torch.Tensor | list[str] | DualPathFeatures | None, row: int) -> object:
+def _row(value: torch.Tensor | list[str] | DualPathFeatures | None, row: int) -> Any:  # noqa: ANN401 - of the field's type
     if isinstance(value, DualPathFeatures):
         return DualPathFeatures(*([tokens[row] for tokens in taps] for taps in value))
     return None if value is None else value[row]

@@ -1,11 +1,13 @@
 """Images as cameras, phones and broken transfers leave them: what can be read is read, the rest is named and skipped.
 
-anomalib reads every image as 8-bit RGB, which saturates 16-bit images, and one truncated file ends a whole run.
+anomalib reads every image as 8-bit RGB. That saturates images of more bits, makes those of fractions black, and one
+truncated file ends a whole run.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,17 +21,56 @@ from anomalib_clipad.data.batch import ZeroShotBatch
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # Pillow raises SyntaxError for some broken PNGs
-SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
-EXIF_FORMATS = {"JPEG", "MPO", "TIFF"}
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+DEEP = (*SIXTEEN_BIT, "I", "F")  # Pillow's modes of one channel with more than 8 bits: unsigned, int32, float32
 EXIF_ORIENTATION = 0x0112
+ROTATED = range(2, 9)  # 1 is upright; others are not defined
+PNG_EXIF = (b"eXIf", b"Raw profile type exif")
+
+
+def scale_to_unit(pixels: np.ndarray, sixteen_bit: bool = False) -> np.ndarray:
+    """Bring the pixels of an image of one channel to [0, 1].
+
+    The file does not say where white is. It is taken to be at the end of the smallest usual range that holds the
+    brightest pixel: 1 for fractions, 255 for 8 bits, 65535 for 16 bits, then 2^17 - 1, 2^18 - 1 and so on. So a dark
+    image of more bits than it uses appears brighter than it was; save images with the bits that they have. Pixels
+    below 0 become 0. NaN stays, and the model names the image.
+
+    Args:
+        pixels: (H, W) numbers of any type.
+        sixteen_bit: Whether the file is known to have 16 bits, so that white is at 65535.
+
+    Returns:
+        (H, W) float32 in [0, 1].
+
+    Example:
+        >>> scale_to_unit(np.array([[0, 51, 255]], dtype=np.int32)).tolist()
+        [[0.0, 0.20000000298023224, 1.0]]
+        >>> scale_to_unit(np.array([[-0.5, 0.25, 1.0]], dtype=np.float32)).tolist()
+        [[0.0, 0.25, 1.0]]
+    """
+    finite = pixels[np.isfinite(pixels)]
+    brightest = float(finite.max()) if finite.size else 0.0
+    fractions = np.issubdtype(pixels.dtype, np.floating) and brightest <= 1
+    white = 1.0 if fractions else 255.0
+    if sixteen_bit or brightest > white:
+        white = 65535.0 if sixteen_bit or brightest <= 65535 else 2.0 ** np.ceil(np.log2(brightest + 1)) - 1
+    return np.clip(pixels.astype(np.float64) / white, 0, 1).astype(np.float32)
+
+
+class _Indexed(Protocol):
+    """A data set that gives items by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...  # noqa: ANN401 - any of anomalib's items
 
 
 class ReadableDataLoader(DataLoader):
     """A data loader that skips what cannot be read, with a warning that names the file.
 
-    16-bit images are brought to [0, 1] whole instead of saturated. Images stored rotated are judged as stored, so that
-    heatmap and picture agree, and named.
+    Images of more than 8 bits are brought to [0, 1], see :func:`scale_to_unit`. Images stored rotated are scored as
+    stored, so that heatmap and picture agree, and named. An error that the files do not cause is raised as it is.
 
     Args:
         dataloader: A loader over one of anomalib's datasets, which is left as it is.
@@ -47,7 +88,7 @@ class ReadableDataLoader(DataLoader):
 
     def __init__(self, dataloader: DataLoader, each_once: bool = False) -> None:
         super().__init__(
-            _ReadableDataset(dataloader.dataset),
+            _ReadableDataset(dataloader.dataset),  # type: ignore[arg-type]  # can_wrap: it is asked by number
             batch_sampler=_unrepeated(dataloader.batch_sampler) if each_once else dataloader.batch_sampler,
             num_workers=dataloader.num_workers,
             collate_fn=_SkippingCollate(dataloader.collate_fn),
@@ -71,21 +112,21 @@ class ReadableDataLoader(DataLoader):
             and not isinstance(dataloader.dataset, IterableDataset)
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names a class of its own for it
         """The batches of the readable images."""
         return (batch for batch in super().__iter__() if batch is not None)
 
 
-def _unrepeated(batches: BatchSampler) -> BatchSampler:
+def _unrepeated(batches: Iterable[list[int]] | None) -> Iterable[list[int]] | None:
     padded = getattr(batches, "sampler", None)
-    if type(padded) is not DistributedSampler:
+    if not isinstance(batches, BatchSampler) or type(padded) is not DistributedSampler:
         return batches
     sampler = UnrepeatedDistributedSampler(padded.dataset, padded.num_replicas, padded.rank, shuffle=False)
     return BatchSampler(sampler, batches.batch_size, drop_last=False)
 
 
 class _ReadableDataset(Dataset):
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: _Indexed) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -98,21 +139,46 @@ class _ReadableDataset(Dataset):
         try:
             item = self.dataset[index]
             path = getattr(item, "image_path", None)
-            return _mend(item, Path(path), self.dataset) if path else item
-        except UNREADABLE as error:
-            logger.warning("Skipped %s, which cannot be read (%s); replace the file.", self._path(index), error)
+            # Taps that were computed before take the place of the image.
+            return _mend(item, Path(path), self.dataset) if path and getattr(item, "features", None) is None else item
+        except Exception as error:
+            # A broken file makes Pillow raise almost anything; what the files alone do not raise is a fault elsewhere.
+            if not isinstance(error, OSError) and all(_can_be_read(path) for path in self._files(index)):
+                raise
+            reason = str(error).strip() or type(error).__name__
+            logger.warning("Skipped %s, which cannot be read (%s); replace the file.", self._name(index), reason)
             return None
 
-    def _path(self, index: int) -> str:
+    def _name(self, index: int) -> str:
+        files = self._files(index)
+        if not files:
+            return f"image {index}"
+        return f"{files[0]} or its mask" if hasattr(self.dataset, "samples") else str(files[0])
+
+    def _files(self, index: int) -> list[Path]:
+        """The image, and its mask where there is one."""
+        if hasattr(self.dataset, "files"):
+            return list(self.dataset.files(index))
         if hasattr(self.dataset, "image_filenames"):
-            return str(self.dataset.image_filenames[index])
+            return [Path(self.dataset.image_filenames[index])]
         if hasattr(self.dataset, "samples"):
-            return f"{self.dataset.samples.iloc[index].image_path} or its mask"
-        return f"image {index}"
+            row = self.dataset.samples.iloc[index]
+            paths = (row.image_path, row.get("mask_path"))
+            return [Path(path) for path in paths if isinstance(path, str | Path) and str(path)]
+        return []
+
+
+def _can_be_read(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.convert("RGB")
+    except Exception:  # noqa: BLE001 - whatever a file's bytes make a decoder raise
+        return False
+    return True
 
 
 class _SkippingCollate:
-    def __init__(self, collate: object) -> None:
+    def __init__(self, collate: Callable[[list[DatasetItem]], Batch]) -> None:
         self.collate = collate
 
     def __call__(self, items: list[DatasetItem | None]) -> Batch | None:
@@ -122,13 +188,29 @@ class _SkippingCollate:
         return ZeroShotBatch.of(batch) if isinstance(batch, ImageBatch) else batch
 
 
-def _mend(item: DatasetItem, path: Path, dataset: Dataset) -> DatasetItem:
+def _mend(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
     with Image.open(path) as image:  # only the header is read
-        if image.format in EXIF_FORMATS and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            logger.warning("%s is stored rotated and judged as stored; save it upright if that is not meant.", path)
-        if image.mode in SIXTEEN_BIT:
-            grey = torch.from_numpy(np.asarray(image).astype(np.float32)) / np.iinfo(np.uint16).max
+        if _is_rotated(image, path):
+            # Pillow 13 turns a TIFF when it decodes it, and scrambles one of one channel without compression.
+            how = "may be read wrongly" if image.format == "TIFF" else "scored as stored"
+            logger.warning("%s is stored rotated and %s; save it upright if that is not meant.", path, how)
+        if image.mode in DEEP:
+            # PNG has no more than 16 bits, whatever Pillow makes of it.
+            sixteen_bit = image.mode in SIXTEEN_BIT or image.format == "PNG"
+            grey = torch.from_numpy(scale_to_unit(np.asarray(image), sixteen_bit))
             transform = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
-            pixels = ImageTensor(grey.clamp(0, 1).expand(3, -1, -1))
+            pixels = ImageTensor(grey.expand(3, -1, -1))
             item.image = transform(pixels) if transform else pixels
     return item
+
+
+def _is_rotated(image: Image.Image, path: Path) -> bool:
+    if image.format == "PNG" and "exif" not in image.info:
+        # It may stand behind the pixels, and Pillow decodes them all to look there.
+        content = path.read_bytes()
+        if not any(mark in content for mark in PNG_EXIF):
+            return False
+    try:
+        return image.getexif().get(EXIF_ORIENTATION) in ROTATED
+    except Exception:  # noqa: BLE001 - broken EXIF says nothing about the pixels, which were read
+        return False
