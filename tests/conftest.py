@@ -21,6 +21,16 @@ SMALL_CONFIG = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
 
+# How far two float32 runs of the small CLIP may differ when the batch size or the number of processes differs: a matrix
+# product may then take another kernel, which adds the same terms in another order. Estimate, with u = 2**-24 = 6e-8:
+# - A sum of n terms in another order moves by about sqrt(n) u. A token passes 4 blocks with 4 products of up to 128
+#   terms: sqrt(16 * 128) u = 2.7e-6 of its length, or / sqrt(24) = 5.5e-7 along one direction of the joint space.
+# - The text score is a sigmoid (slope 1/4) of 100 times the product with the difference of the text vectors, which is
+#   0.14 long: slope 3.5. The map score is less steep: 4 stages times 0.14.
+# - Min-max over the category's range of 0.058, halved by the mean of two scores: slope 8.7.
+# The product is 1.7e-5. The largest difference seen is 1.3e-6, on a CPU with AVX2.
+ROUNDING = 1e-5
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:

@@ -12,6 +12,8 @@ from anomalib.engine import Engine
 
 from anomalib_clipad import ClipAdSdp
 
+from .conftest import ROUNDING
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys
@@ -63,9 +65,9 @@ def test_two_processes_give_the_figures_and_pictures_of_one(small_clip: str, cat
     parts = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert len(expected["figures"]) == 9
     for part in parts:
-        assert part["figures"] == pytest.approx(expected["figures"], abs=1e-6)
+        assert part["figures"] == pytest.approx(expected["figures"], abs=ROUNDING)
     assert sorted([*parts[0]["scores"], *parts[1]["scores"]]) == sorted(expected["scores"]), "each image once"
-    assert parts[0]["scores"] | parts[1]["scores"] == pytest.approx(expected["scores"], abs=1e-6)
+    assert parts[0]["scores"] | parts[1]["scores"] == pytest.approx(expected["scores"], abs=ROUNDING)
     assert pictures(two) == pictures(one)
 
 
