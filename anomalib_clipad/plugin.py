@@ -51,7 +51,7 @@ def show_sentences(anomalib_cli: ModuleType) -> None:
     """On anomalib's command line, print an ``InputError`` as its sentence; all other errors look as they did."""
     from anomalib_clipad.errors import one_sentence
 
-    anomalib_cli.main = one_sentence()(anomalib_cli.main)
+    vars(anomalib_cli)["main"] = one_sentence()(vars(anomalib_cli)["main"])
 
 
 AFTER: dict[str, Callable[[ModuleType], None]] = {

@@ -24,6 +24,7 @@ class Float32Buffers(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
-            if value is not None:
-                self._buffers[name] = value.to(self._buffers[name].device)
+            moved = self._buffers[name]
+            if value is not None and moved is not None:
+                self._buffers[name] = value.to(moved.device)
         return self

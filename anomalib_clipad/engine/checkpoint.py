@@ -92,7 +92,7 @@ class CheckpointMixin(_Module):
         }
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "CheckpointMixin":  # type: ignore[override]  # noqa: ANN401 - Lightning's
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401 - Lightning's
         """Build a model from a checkpoint, see :meth:`anomalib.models.components.AnomalibModule.load_from_checkpoint`.
 
         Raises:

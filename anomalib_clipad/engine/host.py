@@ -3,8 +3,9 @@
 A run enters them through :class:`RunGuard`, which also ends them when the run fails.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 from anomalib.data import AnomalibDataModule
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
@@ -14,6 +15,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
 
 from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.engine.checkpoint import CheckedCheckpointIO
@@ -41,12 +43,13 @@ def drop_components_of_other_models(trainer: Trainer) -> None:
     two models at once if their classes differ. Users give these kinds to the model; an evaluator of a class of its own
     may be the engine's and stays.
     """
-    trainer.callbacks = [
-        callback
-        for callback in trainer.callbacks
-        if not isinstance(callback, PreProcessor | PostProcessor | Visualizer | RunGuard)
-        and type(callback) is not Evaluator
-    ]
+    kinds = (PreProcessor, PostProcessor, Visualizer, RunGuard)
+    _keep_callbacks(trainer, lambda callback: not isinstance(callback, kinds) and type(callback) is not Evaluator)
+
+
+def _keep_callbacks(trainer: Trainer, wanted: Callable[[Callback], bool]) -> None:
+    owner = cast("Any", trainer)  # Lightning adds the list outside of the class, where no type checker sees it
+    owner.callbacks = [callback for callback in owner.callbacks if wanted(callback)]
 
 
 @contextmanager
@@ -61,8 +64,10 @@ def readable_images(trainer: Trainer) -> Iterator[None]:
     each_once = trainer.state.fn != TrainerFn.FITTING
 
     def process(dataloader: object) -> object:
-        dataloader = process_dataloader(dataloader)
-        return ReadableDataLoader(dataloader, each_once) if ReadableDataLoader.can_wrap(dataloader) else dataloader
+        loader = process_dataloader(dataloader)
+        if not isinstance(loader, DataLoader) or not ReadableDataLoader.can_wrap(loader):
+            return loader
+        return ReadableDataLoader(loader, each_once)
 
     strategy.process_dataloader = process  # type: ignore[method-assign]  # for this run, see above
     try:
@@ -116,7 +121,9 @@ def own_callbacks(trainer: Trainer, model: LightningModule) -> Iterator[None]:
     try:
         yield
     finally:
-        trainer.callbacks = [callback for callback in trainer.callbacks if id(callback) not in ours]
+        cast("Any", trainer).callbacks = [
+            callback for callback in cast("Any", trainer).callbacks if id(callback) not in ours
+        ]
 
 
 class RunGuard(Callback):
@@ -144,7 +151,9 @@ class RunGuard(Callback):
         """Leave the trainer as it was."""
         del pl_module, stage
         self._stack.close()
-        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]
+        cast("Any", trainer).callbacks = [
+            callback for callback in cast("Any", trainer).callbacks if callback is not self
+        ]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise after a failure."""

@@ -13,6 +13,7 @@ from anomalib.metrics import AUPRO, AnomalibMetric, BinaryPrecisionRecallCurve, 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
+from torchmetrics import Metric
 from torchmetrics.aggregation import MaxMetric, MinMetric
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
@@ -23,7 +24,7 @@ PIXEL_FIELDS = ("raw_map", "gt_mask")
 GROUND_TRUTH = ("gt_label", "gt_mask")
 
 
-class AUROC(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAUROC):
+class AUROC(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAUROC):  # type: ignore[misc]  # anomalib's way of mixing
     """Area under the ROC curve of scores of any range.
 
     Example:
@@ -37,7 +38,7 @@ class AUROC(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAUROC):
     """
 
 
-class AP(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAveragePrecision):
+class AP(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAveragePrecision):  # type: ignore[misc]  # as above
     """Average precision (step-wise area under the precision-recall curve) of scores of any range.
 
     Example:
@@ -79,16 +80,16 @@ class PaperEvaluator(Evaluator):
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         for key, extremes in self._extremes.items():
             truth = getattr(batch, key)
-            for extreme in cast("nn.ModuleList", extremes) if truth is not None else ():
+            for extreme in cast("list[Any]", extremes) if truth is not None else ():
                 extreme.update(truth.float())
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured; torchmetrics would warn of the rest, or give 0."""
         del pl_module
-        one_kind = {key for key, extremes in self._extremes.items() if _all_alike(cast("nn.ModuleList", extremes))}
+        one_kind = {key for key, extremes in self._extremes.items() if _all_alike(cast("list[Metric]", extremes))}
         if "gt_label" in one_kind:
             logger.warning("The test images are all normal or all anomalous, so AUROC, AP and F1 are not defined.")
-        for metric in self.test_metrics:
+        for metric in cast("list[Any]", self.test_metrics):  # each an anomalib and a torchmetrics metric
             if not metric.update_called:
                 continue
             if metric.fields[1] in one_kind:
@@ -99,7 +100,7 @@ class PaperEvaluator(Evaluator):
                 trainer.callback_metrics[metric.name] = trainer.logged_metrics[metric.name] = metric.compute()
 
 
-def _all_alike(extremes: nn.ModuleList) -> bool:
+def _all_alike(extremes: list[Metric]) -> bool:
     """Whether a ground truth was seen, and only one kind of it; forgets what was seen."""
     values = [float(extreme.compute()) for extreme in extremes if extreme.update_called]
     for extreme in extremes:

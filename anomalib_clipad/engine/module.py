@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import open_clip
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, Batch, InferenceBatch
+from anomalib.data import AnomalibDataModule, Batch, ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback
@@ -36,10 +36,14 @@ from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
 
+if TYPE_CHECKING:
+    _Module = AnomalibModule
+else:
+    _Module = object  # see above
+
 logger = logging.getLogger(__name__)
 
 FALLBACK_CLASS = "object"
-_Module = AnomalibModule if TYPE_CHECKING else object  # see above
 
 
 class ZeroShotNetwork(Protocol):
@@ -88,7 +92,7 @@ class ZeroShotNetwork(Protocol):
         """The two scores of an image as one."""
 
 
-class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):
+class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
     class_name: str | None
@@ -225,20 +229,19 @@ class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):
         """Score a batch, and keep the model's own scores on it for the metrics."""
         scored = self.predict_step(batch, batch_idx, dataloader_idx)
         scored.raw_score, scored.raw_map = scored.pred_score, scored.anomaly_map
-        return scored
+        return cast("STEP_OUTPUT", scored)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> ZeroShotBatch:  # type: ignore[override]  # a batch is what anomalib returns too
         """Score a batch."""
         del batch_idx, dataloader_idx
-        batch = ZeroShotBatch.of(batch)
-        network = self.model
-        if batch.features is None:
-            scores = network.scores(batch.image, batch.class_index)
+        ours, network = ZeroShotBatch.of(cast("ImageBatch", batch)), self.model
+        if ours.features is None:
+            scores = network.scores(cast("torch.Tensor", ours.image), ours.class_index)
         else:
-            scores = network.scores_of(batch.features, batch.class_index)
-            batch.features = None  # not to be drawn, nor kept with the predictions
-        batch.update(**network.predictions(scores)._asdict())
-        return batch
+            scores = network.scores_of(ours.features, ours.class_index)
+            ours.features = None  # not to be drawn, nor kept with the predictions
+        ours.update(**network.predictions(scores)._asdict())
+        return ours
 
     def on_validation_batch_end(
         self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0

@@ -56,11 +56,11 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         self.map_scale = map_scale
         self._text_scores, self._map_scores, self._labels = CatMetric(), CatMetric(), CatMetric()
 
-    def on_validation_batch_end(
+    def on_validation_batch_end(  # type: ignore[override]  # anomalib hands on batches, not what Lightning names
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Batch,
+        outputs: ZeroShotBatch,
         *args: Any,  # noqa: ANN401 - Lightning's
         **kwargs: Any,  # noqa: ANN401 - Lightning's
     ) -> None:
@@ -68,8 +68,8 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         del pl_module, args, kwargs
         if outputs.gt_label is None or trainer.state.fn == TrainerFn.FITTING:
             return  # nothing to learn a threshold from, or not the data that thresholds are for
-        self._text_scores.update(outputs.text_score)
-        self._map_scores.update(outputs.map_score)
+        self._text_scores.update(cast("torch.Tensor", outputs.text_score))
+        self._map_scores.update(cast("torch.Tensor", outputs.map_score))
         self._labels.update(outputs.gt_label)
         self._pixel_threshold_metric.update(outputs)
         self._pixel_min_max_metric.update(outputs)
@@ -79,9 +79,9 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         if not self._labels.update_called:
             return
         text, maps = self._text_scores.compute().reshape(-1), self._map_scores.compute().reshape(-1)
-        scores = cast("ScoreFusion", pl_module.model.fusion).fit(text, maps)
+        scores = cast("ScoreFusion", cast("Any", pl_module).model.fusion).fit(text, maps)
         labels = self._labels.compute().reshape(-1).int()
-        epoch = SimpleNamespace(pred_score=scores, gt_label=labels)
+        epoch = cast("Batch", SimpleNamespace(pred_score=scores, gt_label=labels))
         self._image_threshold_metric.update(epoch)
         self._image_min_max_metric.update(epoch)
         for metric in (self._text_scores, self._map_scores, self._labels):
@@ -121,13 +121,13 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             anomaly_map = torch.where(
                 self.pixel_threshold.isnan(),
                 self.map_scale.squash(anomaly_map),
-                self._normalize(anomaly_map, *self._range("pixel")),
+                cast("torch.Tensor", self._normalize(anomaly_map, *self._range("pixel"))),
             )
         return InferenceBatch(score, label, anomaly_map, mask)
 
     def _threshold(self, scores: torch.Tensor, by_rule: torch.Tensor, level: str, sensitivity: float) -> torch.Tensor:
         threshold = getattr(self, f"{level}_threshold")
-        above = self._normalize(scores, *self._range(level)) > 1 - sensitivity
+        above = cast("torch.Tensor", self._normalize(scores, *self._range(level))) > 1 - sensitivity
         # Not torch.where, which ONNX Runtime has no implementation of for truth values.
         return (by_rule & threshold.isnan()) | (above & ~threshold.isnan())
 

@@ -12,6 +12,7 @@ import torch
 from anomalib import LearningType
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.data import AnomalibDataModule, Batch, ImageBatch
+from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -48,7 +49,7 @@ class TrainableNetwork(ZeroShotNetwork, Protocol):
 class AuxiliaryTrainingMixin(ZeroShotMixin):
     """Adds training on an :class:`anomalib_clipad.data.AuxiliaryDataModule`; its user calls :meth:`adopt_training`."""
 
-    model: TrainableNetwork
+    model: TrainableNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     lr: float
     trained: bool = False
     trained_on: list[str]
@@ -72,7 +73,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Keep the best checkpoint by validation pixel AP while training."""
         callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
-        if self.trainer.state.fn == TrainerFn.FITTING and self.evaluator and len(self.evaluator.val_metrics):
+        if self.trainer.state.fn == TrainerFn.FITTING and getattr(self.evaluator, "val_metrics", None):
             folder = Path(self.trainer.default_root_dir) / "weights" / "lightning"
             callbacks.append(ModelCheckpoint(folder, "model", monitor="pixel_AP", mode="max", save_weights_only=True))
             # Resuming needs the latest state, and the optimiser's.
@@ -88,7 +89,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
     def trainer(self, trainer: Trainer | None) -> None:
         # Lightning attaches the trainer before it replaces an unset limit by 1000 epochs.
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
+            timed = any(isinstance(callback, Timer) for callback in cast("Any", trainer).callbacks)
             if trainer.fit_loop.max_epochs is None and trainer.max_steps == -1 and not timed:
                 logger.info("max_epochs was not set; %d as in the paper.", PAPER_EPOCHS)
                 trainer.fit_loop.max_epochs = PAPER_EPOCHS
@@ -113,8 +114,9 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         self.model.forget_classes()
 
     def _taps(self, batch: ImageBatch) -> tuple[DualPathFeatures, torch.Tensor]:
-        transform = self.pre_processor.transform if self.pre_processor else None
-        images, masks = transform(batch.image, batch.gt_mask) if transform else (batch.image, batch.gt_mask)
+        images, masks = cast("torch.Tensor", batch.image), cast("torch.Tensor", batch.gt_mask)
+        if transform := getattr(self.pre_processor, "transform", None):
+            images, masks = transform(images, masks)
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             features = self.model.visual(images.to(self.device))
         return DualPathFeatures(*([tokens.cpu() for tokens in taps] for taps in features)), masks
@@ -126,10 +128,11 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         if features is None:
             with torch.no_grad():
                 features = self.model.visual(batch.image)
-        focal, dice = self.model.loss(features.original, batch.gt_mask, batch.class_index)
+        masks = cast("torch.Tensor", batch.gt_mask)
+        focal, dice = self.model.loss(features.original, masks, batch.class_index)
         loss = focal + dice
         parts = {"train_loss": loss, "train_focal": focal, "train_dice": dice}
-        self.log_dict(parts, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(batch.gt_mask))
+        self.log_dict(parts, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(masks))
         return loss
 
     def prepare_classes(self) -> None:
@@ -173,7 +176,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         logger.info("Setting thresholds from %d validation images.", len(data.val_data))
         trainer = self.trainer
         for number, batch in enumerate(self._validation_batches(data)):
-            if self.pre_processor:
+            if isinstance(self.pre_processor, PreProcessor):
                 self.pre_processor.on_validation_batch_start(trainer, self, batch, number)
             with trainer.precision_plugin.val_step_context():
                 post_processor.on_validation_batch_end(trainer, self, self.predict_step(batch))

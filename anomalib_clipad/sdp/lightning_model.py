@@ -11,7 +11,7 @@ from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
 
 
-class ClipAdSdp(ZeroShotMixin, AnomalibModule):
+class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomalib renames to_onnx's argument
     """CLIP-AD's SDP: zero-shot anomaly detection and localisation from a class name (arXiv 2311.00453).
 
     Needs no training and no normal images. Prompts describe the object normal and broken, a staged dual path through

@@ -4,7 +4,7 @@ CLIP-AD (arXiv 2311.00453), section 3. Nothing is trained.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -85,7 +85,11 @@ class ClipAdSdpModel(Float32Buffers):
         else:
             loaded = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
         self.mean, self.std = loaded.mean, loaded.std
-        self.visual = DualPathVisionTransformer(loaded.clip.visual, layers).eval().requires_grad_(requires_grad=False)
+        self.visual = (
+            DualPathVisionTransformer(cast("nn.Module", loaded.clip.visual), layers)
+            .eval()
+            .requires_grad_(requires_grad=False)
+        )
         self.text_encoder = TextEncoder(loaded.clip, loaded.tokenizer)
         self.image_size = _pair(image_size) if image_size else self.visual.image_size
         self.grid = self.visual.grid(self.image_size)
@@ -238,8 +242,8 @@ def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     return sides
 
 
-def _rvs_options(rvs: str | Mapping[str, str | float]) -> dict[str, str | float]:
-    options = {"method": rvs} if isinstance(rvs, str) else dict(rvs)
+def _rvs_options(rvs: str | Mapping[str, str | float]) -> dict[str, Any]:
+    options: dict[str, Any] = {"method": rvs} if isinstance(rvs, str) else {**rvs}
     if "method" not in options:
         msg = f"rvs must name its method, for example {{'method': 'dbscan', 'eps': 1.5}}, got {dict(rvs)}."
         raise InputError(msg)

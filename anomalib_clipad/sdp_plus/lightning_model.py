@@ -1,7 +1,7 @@
 """SDP+ in anomalib's engine and command line."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -14,7 +14,7 @@ from anomalib_clipad.sdp_plus.adapter import load_adapter, save_adapter
 from anomalib_clipad.sdp_plus.torch_model import ClipAdSdpPlusModel
 
 
-class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):
+class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[misc]  # anomalib renames to_onnx's argument
     """CLIP-AD's SDP+: SDP with linear layers, trained once on another data set (arXiv 2311.00453).
 
     Train it with anomalib fit on an AuxiliaryDataModule, never on the data it is meant for; or give it trained layers.
@@ -98,4 +98,6 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):
             InputError: If there is nothing trained to save, or the file cannot be written.
         """
         self.check_trained()
-        save_adapter(self.model.trained_layers, path, **self.identity(), trained_on=self.trained_on)
+        save_adapter(
+            cast("nn.ModuleList", self.model.trained_layers), path, **self.identity(), trained_on=self.trained_on
+        )

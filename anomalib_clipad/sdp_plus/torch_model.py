@@ -3,6 +3,8 @@
 CLIP-AD (arXiv 2311.00453), section 3.4.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -34,7 +36,7 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
 
     with_original = True
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of SDP
         super().__init__(*args, **kwargs)
         self.adapter = nn.ModuleList(nn.Linear(self.visual.width, self.visual.embed_dim) for _ in self.visual.layers)
 
@@ -71,8 +73,8 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         """
         with torch.autocast(masks.device.type, enabled=False):
             probabilities = self.linear_probabilities(original, self.select_text_features(class_index))
-            focal = sum(focal_loss(p, masks) for p in probabilities)
-            dice = sum(dice_loss(p[:, 1], masks) for p in probabilities)
+            focal = torch.stack([focal_loss(p, masks) for p in probabilities]).sum()
+            dice = torch.stack([dice_loss(p[:, 1], masks) for p in probabilities]).sum()
         return focal, dice
 
     def linear_probabilities(self, original: list[torch.Tensor], text_features: torch.Tensor) -> list[torch.Tensor]:
@@ -95,7 +97,7 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         """
         text = margin(text_features.float()).expand(original[0].shape[0], -1, -1)  # (B, 1, D)
         taps = []
-        for layer, tokens in zip(self.adapter, original, strict=True):
+        for layer, tokens in zip(cast("list[nn.Linear]", self.adapter), original, strict=True):
             patches = F.linear(tokens[:, 1:].float(), layer.weight.float(), layer.bias.float())  # (B, N, D)
             logits = LOGIT_SCALE * F.normalize(patches, dim=-1) @ text.transpose(1, 2)  # (B, N, 1)
             taps.append(logits.transpose(1, 2).unflatten(2, self.grid))
