@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -10,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anomalib_clipad.components import backbone as module
 from anomalib_clipad.components import fingerprint, load_backbone
+from anomalib_clipad.components import pretrained as module
 from anomalib_clipad.errors import InputError
 
 from .conftest import SMALL_CONFIG, make_clip, save_clip
@@ -29,7 +30,7 @@ def _tiny_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to reach a network ends the test."""
+    """Any attempt to reach a network fails the test."""
     import socket
 
     def refuse(*_: object, **__: object) -> None:
@@ -78,24 +79,24 @@ def test_a_file_is_not_executed(tmp_path: Path) -> None:
         pickle.dump({"state_dict": Payload()}, file)
     torch.save({"state_dict": Payload()}, tmp_path / "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
-        with pytest.raises(InputError, match=f"{name} are not a plain state dict"):
+        with pytest.raises(InputError, match=f"{name} cannot be read as tensors"):
             load_backbone(TINY, str(tmp_path / name))
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_a_broken_file_is_told_in_a_sentence(tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x00\x01 not weights")
-    with pytest.raises(InputError, match="are not a plain state dict.*save them with"):
+    with pytest.raises(InputError, match="cannot be read as tensors.*save it by"):
         load_backbone(TINY, str(tmp_path / name))
 
 
-def test_weights_of_another_backbone_are_told_in_a_sentence(tmp_path: Path) -> None:
+def test_weights_of_another_backbone_are_refused_in_a_sentence(tmp_path: Path) -> None:
     torch.save(make_clip(layers=8).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(InputError, match="do not fit the backbone: the file has an unknown .*resblocks.4.* more"):
+    with pytest.raises(InputError, match="do not fit: .*resblocks.4.* is unknown and .* more"):
         load_backbone(TINY, str(tmp_path / "w.pt"))
     torch.save(make_clip(width=64).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(InputError, match="of shape .* instead of"):
+    with pytest.raises(InputError, match="has shape .* instead of"):
         load_backbone(TINY, str(tmp_path / "w.pt"))
 
 
@@ -169,13 +170,71 @@ def test_openai_weights_get_the_activation_they_were_trained_with(
         (("coca_ViT-B-32", None), "captioning model"),
     ],
 )
-def test_wrong_names_are_told_in_a_sentence(arguments: tuple, words: str) -> None:
+def test_wrong_names_are_refused_in_a_sentence(arguments: tuple, words: str) -> None:
     with pytest.raises(InputError, match=words):
         load_backbone(*arguments)
 
 
+@pytest.mark.parametrize("backbone", ["demo", "folder", "hf-hub:org/tiny"])
+@pytest.mark.parametrize("missing", ["nowhere/w.pt", "w.safetensors", "W.PT", "./w"])
+@pytest.mark.usefixtures("no_network")
+def test_a_missing_file_is_not_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str, missing: str
+) -> None:
+    """Where the backbone brings weights of its own, a tag is ignored, a file's name is not."""
+    save_clip(tmp_path / "folder", seed=3)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"pretrained must be a file that exists .*got '{missing}'"):
+        load_backbone(backbone, missing)
+    assert same_weights(load_backbone("folder", "laion400m_e31").clip)
+
+
+def torchscript(path: Path) -> None:
+    class Scripted(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.script(Scripted()).save(path)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_only_openais_own_download_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local file that is called like OpenAI's tag, or lies in the cache, is read like any other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("a local file was executed"))
+    cache = tmp_path / "home/.cache/clip"
+    cache.mkdir(parents=True)
+    for path in (tmp_path / "openai", cache / "local.pt"):
+        torchscript(path)
+        with pytest.raises(InputError, match="cannot be read as tensors"):
+            load_backbone(TINY, str(path.relative_to(tmp_path)))
+    torch.save(make_clip(3).state_dict(), tmp_path / "openai")
+    loaded = load_backbone(TINY, "openai").clip
+    assert same_weights(loaded)
+    assert type(loaded.visual.transformer.resblocks[0].mlp.gelu).__name__ == "GELU"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.fill_(float("nan")), "conv1.weight has values that are not finite"),
+        (lambda w: w.double() * 1e300, "not finite"),
+        (lambda w: w.long(), "conv1.weight is of type torch.int64 instead of torch.float32"),
+        (lambda w: w[0], "has shape"),
+        (lambda w: w.tolist(), "is a list instead of a tensor"),
+        (lambda w: w.to_sparse(), "is not a dense tensor"),
+    ],
+)
+def test_values_that_are_no_weights_are_refused(tmp_path: Path, change: Callable, words: str) -> None:
+    state = make_clip(3).state_dict()
+    state["visual.conv1.weight"] = change(state["visual.conv1.weight"])
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=words):
+        load_backbone(TINY, str(tmp_path / "w.pt"))
+
+
 @pytest.mark.parametrize("content", [None, "{", json.dumps({"other": 1})])
-def test_a_folder_without_a_config_is_told_in_a_sentence(tmp_path: Path, content: str | None) -> None:
+def test_a_folder_without_a_config_is_refused_in_a_sentence(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "open_clip_config.json").write_text(content)
     with pytest.raises(InputError, match="open_clip_config.json"):

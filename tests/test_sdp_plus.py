@@ -1,7 +1,6 @@
 """SDP+: the authors' numbers, the losses from their equations, and training as a user does it."""
 
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,9 @@ from safetensors import safe_open
 
 from anomalib_clipad import ClipAdSdpPlus, InputError
 from anomalib_clipad.data import AuxiliaryDataModule
-from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel, dice_loss, focal_loss, load_adapter, save_adapter
+from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel, dice_loss, focal_loss, save_adapter
 
-from .conftest import Parity, make_clip, new_engine, save_clip, write_category
+from .conftest import Parity, new_engine, save_clip, write_category
 
 TAPS = range(4)
 
@@ -312,47 +311,6 @@ def test_testing_on_what_was_trained_on_warns(
     assert "not a zero-shot result" not in caplog.text
     new_engine(tmp_path).test(model, datamodule=part(auxiliary_root, "gear", num_workers=0))
     assert "trained on gear: what they score there is not a zero-shot result" in caplog.text
-
-
-def test_wrong_adapters_are_told_in_a_sentence(tmp_path: Path) -> None:
-    layers = ClipAdSdpPlusModel(clip=make_clip()).adapter
-    for other, words in (
-        (ClipAdSdpPlusModel(clip=make_clip(width=64)).adapter, "maps width 64 to 24, but the backbone needs 32 to 24"),
-        (ClipAdSdpPlusModel(clip=make_clip(), layers=[2, 4]).adapter, "has 2 layers, but the model taps 4 blocks"),
-    ):
-        save_adapter(other, tmp_path / "other.safetensors")
-        with pytest.raises(InputError, match=words):
-            load_adapter(layers, tmp_path / "other.safetensors")
-    save_adapter(layers, tmp_path / "a.safetensors", weights="abc", backbone="ViT-B-32")
-    with pytest.raises(InputError, match=r"trained with other weights of ViT-B-32 \(abc, here def\)"):
-        load_adapter(layers, tmp_path / "a.safetensors", weights="def")
-    with pytest.raises(InputError, match="does not exist"):
-        load_adapter(layers, tmp_path / "none.pth")
-    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
-    (tmp_path / "text.safetensors").write_text("hello")
-    torch.save({"linear_layers": {"fc.0.weight": torch.zeros(2, 2)}}, tmp_path / "half.pth")
-    for name in ("tensor.pth", "text.safetensors", "half.pth"):
-        with pytest.raises(InputError, match=f"{name} is none"):
-            load_adapter(layers, tmp_path / name)
-
-
-def test_an_adapter_file_is_not_executed(tmp_path: Path) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    with (tmp_path / "evil.pth").open("wb") as file:
-        pickle.dump({"linear_layers": Payload()}, file)
-    with pytest.raises(InputError, match="is none"):
-        load_adapter(ClipAdSdpPlusModel(clip=make_clip()).adapter, tmp_path / "evil.pth")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_failed_save_leaves_nothing_half_written(tmp_path: Path) -> None:
-    layers = ClipAdSdpPlusModel(clip=make_clip()).adapter
-    with pytest.raises(InputError, match="could not be written"):
-        save_adapter(layers, tmp_path / "missing" / "a.safetensors")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_held_out_images_are_of_every_category_and_label(auxiliary_root: Path) -> None:

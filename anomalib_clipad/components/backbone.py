@@ -3,31 +3,42 @@
 import hashlib
 import json
 import logging
+import math
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
+from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants
 from open_clip.model import convert_to_custom_text_state_dict
-from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from open_clip.pretrained import get_pretrained_cfg
 from torch import nn
 
+from anomalib_clipad.components.pretrained import (
+    URL_CACHE,
+    WEIGHT_NAMES,
+    check_names,
+    find_cached,
+    first_line,
+    from_tag,
+    hub_file,
+    tags_of,
+    unreachable,
+)
 from anomalib_clipad.components.text_encoder import Tokenizer
+from anomalib_clipad.components.weights import check_tensors, is_file, looks_like_file, read_tensors
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.plugin import DEMO, DEMO_FOLDER
+
+__all__ = ["Backbone", "find_cached", "fingerprint", "load_backbone"]
 
 logger = logging.getLogger(__name__)
 
 HUB_PREFIX = "hf-hub:"
 CONFIG_NAME = "open_clip_config.json"
-# The names under which open_clip saves to a folder or a hub, the safe one first.
-WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-URL_CACHE = Path("~/.cache/clip")  # open_clip's own folder for weights that are not on a hub
 
 
 class Backbone(NamedTuple):
@@ -51,7 +62,9 @@ class Backbone(NamedTuple):
     std: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD
 
 
-def load_backbone(backbone: str = "ViT-B-16-plus-240", pretrained: str | None = "laion400m_e31") -> Backbone:
+def load_backbone(
+    backbone: str | PathLike[str] = "ViT-B-16-plus-240", pretrained: str | PathLike[str] | None = "laion400m_e31"
+) -> Backbone:
     """Build a CLIP and load its weights.
 
     Weights already on disk are used without reaching for the network.
@@ -60,9 +73,9 @@ def load_backbone(backbone: str = "ViT-B-16-plus-240", pretrained: str | None = 
         backbone: An architecture that open_clip knows, ``hf-hub:ORG/NAME``, or a folder with open_clip's
             ``open_clip_config.json`` (as ``open_clip.push_to_hf_hub`` saves it); or ``demo``, a small CLIP in this
             package, trained on rendered textures, to try things out with and not for inspection work.
-        pretrained: open_clip's tag of the weights, or a file with a state dict (``.pt``, ``.bin``, ``.safetensors``).
-            ``None`` means random weights, unless ``backbone`` is a folder or a hub name, which bring their own; these
-            ignore a tag.
+        pretrained: open_clip's tag of the weights, or a file with a state dict (``.pt``, ``.bin``, ``.safetensors``);
+            write a file that has the name of a tag as ``./NAME``. ``None`` means random weights, unless ``backbone``
+            is ``demo``, a folder or a hub name, which bring their own; these ignore a tag.
 
     Returns:
         The model in eval mode, frozen, its tokenizer and its normalisation.
@@ -75,30 +88,39 @@ def load_backbone(backbone: str = "ViT-B-16-plus-240", pretrained: str | None = 
         >>> clip.encode_image(torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 24])
     """
-    folder = DEMO_FOLDER if backbone == DEMO else Path(str(backbone).removeprefix("local-dir:"))
+    backbone, pretrained = check_names(backbone, pretrained)
+    folder = DEMO_FOLDER if backbone == DEMO else Path(backbone.removeprefix("local-dir:"))
     if backbone == DEMO:
         logger.warning("The demonstration backbone was trained on rendered textures; it is not for inspection work.")
-    brings_weights = backbone.startswith(HUB_PREFIX) or folder.is_dir()
-    weights = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
-    if brings_weights:
-        config, found = _from_folder(folder) if folder.is_dir() else _from_hub(backbone)
-        preprocess = config.get("preprocess_cfg", {})
+    is_folder = _is_folder(folder)
+    tag = pretrained if pretrained and get_pretrained_cfg(backbone, pretrained) else None
+    weights = Path(pretrained) if pretrained and not tag and is_file(pretrained) else None
+    if pretrained and not tag and weights is None and looks_like_file(pretrained):
+        msg = f"pretrained must be a file that exists or a tag {tags_of(backbone)}, got {pretrained!r}."
+        raise InputError(msg)
+    if is_folder or backbone.startswith(HUB_PREFIX):
+        config, found = _from_folder(folder) if is_folder else _from_hub(backbone)
+        preprocess = config["preprocess_cfg"]
         clip = _build(backbone, config["model_cfg"])
         weights = weights or found
         tokenizer = open_clip.get_tokenizer("ViT-B-32", **_tokenizer_options(backbone, config["model_cfg"]))
+        trusted = False
     else:
-        if open_clip.get_model_config(backbone) is None:
+        model_config = open_clip.get_model_config(backbone)
+        if model_config is None:
             msg = (
                 f"backbone must be a name from open_clip.list_models(), {HUB_PREFIX}ORG/NAME, {DEMO} or a folder with "
                 f"{CONFIG_NAME}, got {backbone!r}."
             )
             raise InputError(msg)
-        preprocess = get_pretrained_cfg(backbone, pretrained) if pretrained and weights is None else {}
-        clip = _build(
-            backbone, open_clip.get_model_config(backbone), quick_gelu=_needs_quick_gelu(pretrained, preprocess)
-        )
+        preprocess = get_pretrained_cfg(backbone, tag) if tag else {}
+        # Older open_clip versions say so only in the code that loads OpenAI's weights.
+        openai = tag is not None and tag.lower() == "openai"
+        clip = _build(backbone, model_config, quick_gelu=openai or bool(preprocess.get("quick_gelu")))
         if pretrained and weights is None:
-            weights = _from_tag(backbone, pretrained)
+            weights = from_tag(backbone, pretrained)
+        # open_clip compares downloads from a URL with their checksum.
+        trusted = openai and weights is not None and weights.parent == URL_CACHE.expanduser()
         tokenizer = open_clip.get_tokenizer(backbone)
 
     if weights is None:
@@ -108,23 +130,26 @@ def load_backbone(backbone: str = "ViT-B-16-plus-240", pretrained: str | None = 
             backbone,
         )
     else:
-        _load_weights(clip, weights, trusted=pretrained == "openai")
+        _load_weights(clip, weights, trusted)
     return Backbone(
         clip.eval().requires_grad_(requires_grad=False),
         tokenizer,
-        tuple(preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN),
-        tuple(preprocess.get("std") or open_clip.OPENAI_DATASET_STD),
+        _channels(preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        _channels(preprocess.get("std") or open_clip.OPENAI_DATASET_STD),
     )
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short name for a module's weights: equal weights, equal name, at the cost of a glance.
+    """A short name for a module's weights: equal weights, equal name.
 
     Args:
-        module: Any module; its parameters are sampled, not read whole.
+        module: Any module; a sample of each parameter is read.
 
     Returns:
         Twelve hexadecimal digits.
+
+    Raises:
+        InputError: If ``module`` is not a module.
 
     Example:
         >>> layer = nn.Linear(4, 4)
@@ -133,6 +158,9 @@ def fingerprint(module: nn.Module) -> str:
         >>> before == fingerprint(layer)
         False
     """
+    if not isinstance(module, nn.Module):
+        msg = f"fingerprint takes a torch module, got a {type(module).__name__}."
+        raise InputError(msg)
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         values = parameter.detach().flatten()
@@ -140,6 +168,13 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that the file system does not take
+        return False
 
 
 def _build(backbone: str, config: dict[str, Any], quick_gelu: bool = False) -> nn.Module:
@@ -158,8 +193,11 @@ def _build(backbone: str, config: dict[str, Any], quick_gelu: bool = False) -> n
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)
-    except TypeError as error:
-        msg = f"open_clip {version('open_clip_torch')} cannot build backbone {backbone}: {error}."
+    except Exception as error:  # a configuration of wrong values fails anywhere in open_clip, timm and torch
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        msg = (
+            f"open_clip {version('open_clip_torch')} cannot build backbone {backbone} ({reason}); check its model_cfg."
+        )
         raise InputError(msg) from error
 
 
@@ -171,129 +209,77 @@ def _tokenizer_options(backbone: str, config: dict[str, Any]) -> dict[str, Any]:
     return {"context_length": text.get("context_length", 77)}
 
 
-def _needs_quick_gelu(pretrained: str | None, preprocess: dict[str, Any]) -> bool:
-    # Older open_clip versions say so only in the code that loads OpenAI's weights.
-    return pretrained == "openai" or bool(preprocess.get("quick_gelu"))
+def _channels(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _from_folder(folder: Path) -> tuple[dict[str, Any], Path | None]:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"backbone folder {folder} needs a readable {CONFIG_NAME} ({error.__class__.__name__} at {path})."
-        raise InputError(msg) from error
-    if "model_cfg" not in config:
-        msg = f"backbone folder {folder}: {CONFIG_NAME} has no model_cfg; save it as open_clip.push_to_hf_hub does."
-        raise InputError(msg)
-    return config, next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    config = _read_config(folder / CONFIG_NAME)
+    return config, next((folder / name for name in WEIGHT_NAMES if is_file(folder / name)), None)
 
 
 def _from_hub(backbone: str) -> tuple[dict[str, Any], Path]:
     name = backbone.removeprefix(HUB_PREFIX)
     try:
-        config = json.loads(_hub_file(name, CONFIG_NAME).read_text(encoding="utf-8"))
-        return config, _hub_file(name, *WEIGHT_NAMES)
+        config, weights = hub_file(name, CONFIG_NAME), hub_file(name, *WEIGHT_NAMES)
     except Exception as error:  # the hub's client raises a dozen kinds of error, some of them its transport's
-        msg = _unreachable(f"backbone {backbone}", Path(constants.HF_HUB_CACHE), error)
+        msg = unreachable(f"backbone {backbone}", Path(constants.HF_HUB_CACHE), error)
         raise InputError(msg) from error
+    return _read_config(config), weights
 
 
-def _hub_file(name: str, *files: str) -> Path:
-    for file in files:
-        if isinstance(cached := try_to_load_from_cache(name, file), str):
-            return Path(cached)
-    for file in files[:-1]:
-        try:
-            return Path(hf_hub_download(name, file))
-        except Exception:  # noqa: BLE001, S112 - the same kinds as above; the last name's error is the one to tell
-            continue
-    return Path(hf_hub_download(name, files[-1]))
-
-
-def _from_tag(backbone: str, tag: str) -> Path:
-    config = get_pretrained_cfg(backbone, tag)
-    if not config:
-        tags = ", ".join(list_pretrained_tags_by_model(backbone)) or "none"
-        msg = f"pretrained must be a file that exists or a tag of {backbone} ({tags}), got {tag!r}."
+def _read_config(path: Path) -> dict[str, Any]:
+    """Content of a CLIP's configuration, with model_cfg and preprocess_cfg as open_clip needs them."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        msg = f"backbone folder {path.parent} needs a readable {CONFIG_NAME} ({type(error).__name__} at {path})."
+        raise InputError(msg) from error
+    advice = "save it as open_clip.push_to_hf_hub does"
+    model = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(model, dict):
+        msg = f"{path} has no mapping model_cfg; {advice}."
         raise InputError(msg)
-    url, hub = config.get("url", ""), config.get("hf_hub", "")
-    cache = URL_CACHE.expanduser() if url else Path(constants.HF_HUB_CACHE)
-    try:
-        if (found := find_cached(backbone, tag)) is not None:
-            # Of a file from a URL open_clip checks the sum, and downloads nothing if it holds.
-            return Path(download_pretrained({"url": url})) if found.parent == cache and url else found
-        if hub:
-            name, _, file = hub.rpartition("/")
-            return _hub_file(name, *([file] if file else WEIGHT_NAMES))
-        return Path(download_pretrained(config))
-    except Exception as error:  # urllib's, the hub's and the operating system's errors all mean the same to a user
-        raise InputError(_unreachable(f"weights {tag!r} of {backbone}", cache, error)) from error
+    for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
+        if not isinstance(model.get(key), kind):
+            msg = f"{path} has {model.get(key)!r} as {key} of its model_cfg; {advice}."
+            raise InputError(msg)
+    config["preprocess_cfg"] = config.get("preprocess_cfg") or {}
+    if not isinstance(config["preprocess_cfg"], dict):
+        msg = f"{path} has {config['preprocess_cfg']!r} as preprocess_cfg; {advice}."
+        raise InputError(msg)
+    for key, lowest in (("mean", -math.inf), ("std", 0.0)):
+        values = config["preprocess_cfg"].get(key)
+        if values is None:
+            continue
+        numbers = isinstance(values, list) and all(type(value) in {int, float} for value in values)
+        if not numbers or len(values) != 3 or not all(lowest < value < math.inf for value in values):
+            msg = f"{path} has {values!r} as {key} of its preprocess_cfg; give three finite numbers, std above 0."
+            raise InputError(msg)
+    return config
 
 
-def find_cached(backbone: str, tag: str) -> Path | None:
-    """Where the weights of a tag are on disk, if they are.
-
-    Example:
-        >>> find_cached("ViT-B-16-plus-240", "no such tag") is None
-        True
-    """
-    config = get_pretrained_cfg(backbone, tag)
-    url, hub = config.get("url", ""), config.get("hf_hub", "")
-    file = URL_CACHE.expanduser() / PurePosixPath(url).name
-    if url and file.is_file():
-        return file
-    name, _, wanted = hub.rpartition("/")
-    names = [wanted] if wanted else WEIGHT_NAMES
-    cached = [try_to_load_from_cache(name, file) for file in names] if hub else []
-    return next((Path(path) for path in cached if isinstance(path, str)), None)
-
-
-def _unreachable(what: str, cache: Path, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"The {what} are not in the cache folder {cache} and could not be downloaded ({reason}); set pretrained to a "
-        f"local file (.pt, .bin or .safetensors), or copy the weights into that folder from a machine that has them."
-    )
-
-
-def _read_state_dict(path: Path, trusted: bool) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except RuntimeError:
-        if not trusted:
-            raise
-        # OpenAI published its weights as TorchScript; open_clip has compared the file with their checksum.
-        content = torch.jit.load(path, map_location="cpu").state_dict()
-        content = {k: v for k, v in content.items() if k not in {"input_resolution", "context_length", "vocab_size"}}
-    return content.get("state_dict", content)
-
-
-def _load_weights(clip: nn.Module, path: Path, trusted: bool = False) -> None:
-    try:
-        state = _read_state_dict(path, trusted)
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
-        msg = (
-            f"The weights {path} are not a plain state dict ({str(error).splitlines()[0]}); "
-            "save them with torch.save(model.state_dict(), ...) or as .safetensors."
-        )
-        raise InputError(msg) from error
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+def _load_weights(clip: nn.Module, path: Path, trusted: bool) -> None:
+    if trusted and (script := _torchscript(path)) is not None:
+        state = script
+    else:
+        state, _ = read_tensors(path, "weights file")
+    state = state["state_dict"] if isinstance(state.get("state_dict"), Mapping) else state
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
     state.pop("text.transformer.embeddings.position_ids", None)
     if hasattr(clip, "text"):
         state = convert_to_custom_text_state_dict(state)
-    own = clip.state_dict()
-    problems = [f"lacks {key}" for key in own if key not in state]
-    problems += [f"has an unknown {key}" for key in state if key not in own]
-    problems += [
-        f"has {key} of shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        msg = f"The weights {path} do not fit the backbone: the file {problems[0]}{more}; choose its backbone."
-        raise InputError(msg)
-    clip.load_state_dict(state)
+    advice = "choose the backbone that they were saved from"
+    clip.load_state_dict(check_tensors(state, clip.state_dict(), f"The weights {path}", advice))
+
+
+def _torchscript(path: Path) -> dict[str, Any] | None:
+    """State dict of a TorchScript file, as OpenAI published its weights; nothing if it is not one."""
+    try:
+        content = torch.jit.load(path, map_location="cpu").state_dict()
+    except RuntimeError:
+        return None
+    return {
+        key: value for key, value in content.items() if key not in {"input_resolution", "context_length", "vocab_size"}
+    }

@@ -1,0 +1,139 @@
+"""Tensors from files: read without executing the file, and refused in a sentence where they do not fit.
+
+One door for the weights of a CLIP, for adapters and for what a checkpoint holds.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.utils.serialization import anomalib_safe_globals
+from safetensors import safe_open
+
+from anomalib_clipad.errors import InputError
+
+ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def is_file(path: str | PathLike[str]) -> bool:
+    """Whether a file is there; no for a name that the file system does not take.
+
+    Example:
+        >>> is_file("missing.pt"), is_file("n" * 5000)
+        (False, False)
+    """
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def looks_like_file(name: str | PathLike[str]) -> bool:
+    """Whether a name means a file, whether it exists or not, rather than a tag of open_clip.
+
+    Example:
+        >>> looks_like_file("laion400m_e31"), looks_like_file("weights.pt"), looks_like_file("runs/weights")
+        (False, True, True)
+    """
+    return Path(name).suffix.lower() in ENDINGS or Path(name).name != str(name) or is_file(name)
+
+
+def read_tensors(path: Path, what: str, checkpoint: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a file of tensors without executing it.
+
+    Args:
+        path: A ``.safetensors`` file, or one that ``torch.save`` wrote.
+        what: Name of the file's role for messages, such as ``adapter``.
+        checkpoint: Whether the types that anomalib stores in its checkpoints are accepted beside tensors.
+
+    Returns:
+        The file's content, not checked further (see :func:`check_tensors`), and the header of a ``.safetensors`` file.
+
+    Raises:
+        InputError: If the file is missing, empty, damaged, or holds anything but plain data.
+
+    Example:
+        >>> torch.save({"weight": torch.zeros(2)}, "layer.pt")
+        >>> read_tensors(Path("layer.pt"), "layer")
+        ({'weight': tensor([0., 0.])}, {})
+    """
+    if not is_file(path):
+        msg = f"The {what} {path} does not exist or is not a file; give the path of an existing one."
+        raise InputError(msg)
+    header: dict[str, str] = {}
+    content: Any
+    try:
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+                header = dict(file.metadata() or {})
+        else:
+            with anomalib_safe_globals() if checkpoint else nullcontext():
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file leads the readers to errors of every kind
+        # The error's own text is left out: torch's recommends to execute the file.
+        msg = (
+            f"The {what} {path} cannot be read as tensors ({type(error).__name__}): the file is damaged, of another "
+            "format, or holds more than plain data; save it by torch.save(model.state_dict(), ...) or as .safetensors."
+        )
+        raise InputError(msg) from error
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        msg = f"The {what} {path} holds a {type(content).__name__} instead of named tensors; save a state dict."
+        raise InputError(msg)
+    return dict(content), header
+
+
+def check_tensors(
+    state: Mapping[str, Any], expected: Mapping[str, torch.Tensor], what: str, advice: str
+) -> dict[str, torch.Tensor]:
+    """Compare the tensors of a file with those that they are to replace: names, shapes, types, and finite values.
+
+    Args:
+        state: What was read.
+        expected: What the module has.
+        what: Subject of the message, such as ``The weights w.pt``.
+        advice: End of the message: what to do.
+
+    Returns:
+        ``state``, every value a dense tensor in memory, of the wanted shape and kind.
+
+    Raises:
+        InputError: If a tensor is missing, unknown, of another shape or type, or not finite.
+
+    Example:
+        >>> own = {"weight": torch.zeros(2)}
+        >>> check_tensors({"weight": torch.ones(3)}, own, "The weights w.pt", "choose others")
+        Traceback (most recent call last):
+        ...
+        anomalib_clipad.errors.InputError: The weights w.pt do not fit: weight has shape (3,) instead of (2,); choose
+        others.
+    """
+    problems = [f"{key} is missing" for key in expected if key not in state]
+    problems += [f"{key} is unknown" for key in state if key not in expected]
+    problems += [
+        f"{key} {found}" for key in expected if key in state and (found := _difference(state[key], expected[key]))
+    ]
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        msg = f"{what} do not fit: {problems[0]}{more}; {advice}."
+        raise InputError(msg)
+    return dict(state)
+
+
+def _difference(found: object, expected: torch.Tensor) -> str:
+    """What is wrong with a tensor, or nothing."""
+    if not isinstance(found, torch.Tensor):
+        return f"is a {type(found).__name__} instead of a tensor"
+    if found.layout != torch.strided or found.is_quantized or found.is_nested or found.device.type != "cpu":
+        return f"is not a dense tensor ({found.layout}, {found.device})"
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    if found.is_floating_point() != expected.is_floating_point() or found.is_complex() != expected.is_complex():
+        return f"is of type {found.dtype} instead of {expected.dtype}"
+    # In the wanted type, where large values of a wider one overflow.
+    if not found.to(expected.dtype).isfinite().all():
+        return "has values that are not finite"
+    return ""
