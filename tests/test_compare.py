@@ -18,8 +18,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalib_clipad import InputError
-from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator, write_report
-from anomalib_clipad.compare import pipeline as pipeline_module
+from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator, known, write_report
 from anomalib_clipad.compare.pipeline import preflight
 from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
 
@@ -96,7 +95,7 @@ def compared(data_root: Path, home: Path, tmp_path_factory: pytest.TempPathFacto
     broken = {"class_path": "ClipAdSdp", "name": "broken", "init_args": {"rvs": "median"}}
     process = start(configuration(data_root, [SDP, WINCLIP, PATCHCORE, broken]), where, home)
     stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr[-3000:]
+    assert process.returncode == 1, stderr[-3000:]
     return where / "out", stdout + stderr
 
 
@@ -129,8 +128,9 @@ def test_pixel_figures_are_those_of_the_files_masks(data_root: Path, small_clip:
     kept: list[CompareEvaluator] = []
 
     class Keeping(CompareJob):
-        def _keep_examples(self, evaluator: CompareEvaluator) -> None:
+        def _keep(self, evaluator: CompareEvaluator) -> None:
             kept.append(evaluator)
+            super()._keep(evaluator)
 
     config = configuration(data_root, [{**SDP, "init_args": {"backbone": small_clip}}], ("gear",))["compare"]
     row = Keeping(config["models"][0], config["data"][0], None, 0, 64, tmp_path, "cpu").run()
@@ -268,7 +268,8 @@ def jobs(config: dict, output: Path) -> list:
 def test_winclip_is_refused_where_its_maps_would_be_constant(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "_runs_sequence_first", lambda: False)
+    _, sentence = known.REQUIRED["WinClip"]
+    monkeypatch.setitem(known.REQUIRED, "WinClip", (lambda: False, sentence))
     with pytest.raises(InputError, match=r"maps are constant.*install 'open_clip_torch>=2.23,<2.26.1'"):
         preflight(jobs(configuration(data_root, [SDP, WINCLIP]), tmp_path))
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,26 +14,21 @@ from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn import functional as F
 
-from anomalib_clipad.engine.metrics import AP, AUPRO, AUROC, IMAGE_FIELDS, PIXEL_FIELDS, F1Max
+from anomalib_clipad.compare.examples import choose_examples
+from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, paper_metrics
 from anomalib_clipad.errors import InputError
 
 # The paper's seven, and how they are called in tables and pictures.
-METRICS = {
-    "image_AUROC": "image AUROC",
-    "image_F1Max": "image F1-max",
-    "image_AP": "image AP",
-    "pixel_AUROC": "pixel AUROC",
-    "pixel_F1Max": "pixel F1-max",
-    "pixel_AP": "pixel AP",
-    "pixel_AUPRO": "pixel AUPRO",
-}
+METRICS = {metric.name: metric.name.replace("_", " ").replace("F1Max", "F1-max") for metric in paper_metrics()}
+SAMPLED = 4096  # pixels of every map that the colour scale of the pictures is made of
 
 
 class CompareEvaluator(Evaluator):
     """The seven metrics on a model's own scores and on maps of one size, whatever the model's input size is.
 
     Goes to the trainer as a callback, before the model's own: so it sees scores that no post-processor has touched.
-    Masks are read from their files, not from what the model's transform made of them.
+    Masks are read from their files, not from what the model's transform made of them. Beside the metrics' own state it
+    keeps some pixels of every map, and the whole maps of the examples only.
 
     Args:
         map_size: Side of the maps and masks that are measured.
@@ -50,30 +46,43 @@ class CompareEvaluator(Evaluator):
         if unknown := [name for name in metrics if name not in METRICS]:
             msg = f"metrics takes any of {', '.join(METRICS)}, got {', '.join(map(str, unknown))}."
             raise InputError(msg)
-        image = [kind(fields=IMAGE_FIELDS, prefix="image_", strict=False) for kind in (AUROC, F1Max, AP)]
-        pixel = [kind(fields=PIXEL_FIELDS, prefix="pixel_", strict=False) for kind in (AUROC, F1Max, AP)]
-        aupro = AUPRO(fields=PIXEL_FIELDS, prefix="pixel_", strict=False, fpr_limit=0.3)
-        super().__init__(test_metrics=[metric for metric in (*image, *pixel, aupro) if metric.name in metrics])
+        # anomalib declares neither whether a metric was updated nor that it reads any batch with its fields.
+        self.measured: list[Any] = [metric for metric in paper_metrics() if metric.name in metrics]
+        super().__init__(test_metrics=self.measured)
         self.map_size = (map_size, map_size)
+        self.all_paths: list[str] = []
         self.mask_paths: dict[str, str] = {}
         self.paths: list[str] = []
         self.labels: list[int | None] = []
         self.scores: list[float] = []
-        self.maps: list[np.ndarray] = []
+        self.chosen: set[str] = set()
+        self.maps: dict[str, np.ndarray] = {}
+        self.masks: dict[str, np.ndarray] = {}
+        self.sampled: list[np.ndarray] = []
         self.figures: dict[str, float] = {}
         self.seconds = 0.0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the masks' files up; a batch loses them when it begins with a normal image."""
+        """Choose the examples, and look the masks' files up; a batch loses them when it begins with a normal image."""
         del pl_module
-        samples = trainer.datamodule.test_data.samples
+        samples = getattr(trainer, "datamodule").test_data.samples  # noqa: B009 - Lightning does not declare it
+        self.all_paths = [str(path) for path in samples.image_path]
+        self.chosen = set(choose_examples(self.all_paths, samples.label_index.tolist()))
         if "mask_path" in samples:
-            paths = zip(samples.image_path, samples.mask_path, strict=True)
-            self.mask_paths = {str(image): str(mask) for image, mask in paths}
+            self.mask_paths = dict(zip(self.all_paths, map(str, samples.mask_path), strict=True))
 
-    def on_test_batch_start(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the examples among images without labels."""
+        del pl_module
+        dataset: Any = getattr(trainer.predict_dataloaders, "dataset")  # noqa: B009 - of no declared type
+        self.all_paths = [str(path) for path in dataset.image_filenames]
+        self.chosen = set(choose_examples(self.all_paths, [None] * len(self.all_paths)))
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Start the clock."""
-        del trainer, args, kwargs
+        del trainer, pl_module, batch, batch_idx, dataloader_idx
         self._start = now()
 
     def on_test_batch_end(
@@ -86,43 +95,62 @@ class CompareEvaluator(Evaluator):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop the clock, bring the maps to one size, and measure."""
+        del trainer, pl_module, outputs, batch_idx, dataloader_idx
         self.seconds += now() - self._start
-        maps = batch.anomaly_map.detach().float().cpu()
+        paths = [str(path) for path in batch.image_path or []]
+        maps = torch.as_tensor(batch.anomaly_map).detach().float().cpu()
         maps = maps.reshape(len(maps), 1, *maps.shape[-2:])
-        batch.raw_map = F.interpolate(maps, self.map_size, mode="bilinear", align_corners=False)[:, 0]
-        scores = batch.pred_score if batch.pred_score is not None else maps.amax(dim=(-3, -2, -1))
-        batch.raw_score = scores.detach().float().cpu().reshape(-1)
-        own_masks, batch.gt_mask = batch.gt_mask, self._masks(batch)
-        own_labels = batch.gt_label
-        if own_labels is not None:
-            batch.gt_label = own_labels.cpu()
-        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        batch.gt_mask, batch.gt_label = own_masks, own_labels
-        self.paths += [str(path) for path in batch.image_path]
-        self.labels += [None] * len(maps) if own_labels is None else own_labels.int().tolist()
-        self.scores += batch.raw_score.tolist()
-        self.maps += list(batch.raw_map.half().numpy())
+        scores = maps.amax(dim=(-3, -2, -1)) if batch.pred_score is None else torch.as_tensor(batch.pred_score)
+        scores = scores.detach().float().cpu().reshape(-1)
+        maps = F.interpolate(maps, self.map_size, mode="bilinear", align_corners=False)[:, 0]
+        labels = None if batch.gt_label is None else torch.as_tensor(batch.gt_label).cpu()
+        masks = None if batch.gt_mask is None else self._masks(paths, torch.as_tensor(batch.gt_mask).cpu())
+        fields = zip((*IMAGE_FIELDS, *PIXEL_FIELDS), (scores, labels, maps, masks), strict=True)
+        measured = SimpleNamespace(**dict(fields))
+        for metric in self.measured:
+            metric.update(measured)
+        self.paths += paths
+        self.labels += [None] * len(maps) if labels is None else labels.int().tolist()
+        self.scores += scores.tolist()
+        step = max(1, maps[0].numel() // SAMPLED)
+        self.sampled += list(maps.flatten(1)[:, ::step].half().numpy().copy())
+        for index, path in enumerate(paths):
+            if path in self.chosen:
+                self.maps[path] = maps[index].half().numpy()
+                if masks is not None:
+                    self.masks[path] = masks[index].numpy()
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the figures; the trainer could not log them, since they are no part of the model."""
         del trainer, pl_module
-        measured = [metric for metric in self.test_metrics if metric.update_called]
-        self.figures = {metric.name: float(metric.compute()) for metric in measured}
+        self.figures = {metric.name: float(metric.compute()) for metric in self.measured if metric.update_called}
 
     on_predict_batch_start = on_test_batch_start
 
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of on_test_batch_end
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """As in testing; without labels there is nothing to measure but time."""
-        self.on_test_batch_end(*args, **kwargs)
+        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
-    def _masks(self, batch: ImageBatch) -> torch.Tensor | None:
-        if batch.gt_mask is None:
-            return None
+    @property
+    def skipped(self) -> list[str]:
+        """Images that the model was not given, because they could not be read."""
+        seen = set(self.paths)
+        return sorted(path for path in self.all_paths if path not in seen)
+
+    def _masks(self, paths: Sequence[str], given: torch.Tensor) -> torch.Tensor:
         masks = []
-        for image_path, mask in zip(batch.image_path, batch.gt_mask, strict=True):
-            path = self.mask_paths.get(str(image_path), "")
+        for image_path, mask in zip(paths, given, strict=True):
+            path = self.mask_paths.get(image_path, "")
             # Normal images have no file, which anomalib writes in more than one way.
-            whole = read_mask(path, as_tensor=True) if path and Path(path).is_file() else mask.cpu()
+            whole = torch.as_tensor(read_mask(path, as_tensor=True)) if path and Path(path).is_file() else mask
             masks.append(F.interpolate(whole[None, None].float(), self.map_size, mode="nearest")[0, 0])
         return torch.stack(masks).bool()
 

@@ -1,15 +1,12 @@
 """From a configuration to the jobs of a comparison."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from anomalib.pipelines.components import Job, JobGenerator
-from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 
-from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator
-from anomalib_clipad.compare.job import CompareJob
+from anomalib_clipad.compare.job import CompareJob, category_of
+from anomalib_clipad.compare.settings import Config, Settings, grid_words, short_class, spell_out
 from anomalib_clipad.data.datamodules import build_datamodule, categories_on_disk
 from anomalib_clipad.errors import InputError
 
@@ -22,8 +19,9 @@ class CompareJobGenerator(JobGenerator):
 
     Example:
         >>> grid = {"class_path": "ClipAdSdp", "init_args": {"rvs": {"grid": ["mean", "kde"]}}}
-        >>> len(CompareJobGenerator("cpu").generate_jobs({"models": [grid, "WinClip"], "images": "photos"}))
-        3
+        >>> jobs = CompareJobGenerator("cpu").generate_jobs({"models": [grid, "WinClip"], "images": "photos"})
+        >>> [job.model_name for job in jobs]
+        ['ClipAdSdp rvs=mean', 'ClipAdSdp rvs=kde', 'WinClip']
     """
 
     def __init__(self, accelerator: str) -> None:
@@ -34,66 +32,86 @@ class CompareJobGenerator(JobGenerator):
         """Kind of the jobs."""
         return CompareJob
 
-    def generate_jobs(self, args: dict | None = None, prev_stage_result: object = None) -> Sequence[CompareJob]:
-        """All jobs of a configuration, category by category; a list, so that a progress bar knows its length.
+    def generate_jobs(  # type: ignore[override]  # a list instead of an iterator, so that a bar knows its length
+        self, args: dict | None = None, prev_stage_result: object = None
+    ) -> Sequence[CompareJob]:
+        """All jobs of a configuration, category by category.
 
         Raises:
-            InputError: If the configuration lacks models or data, or has unknown keys.
+            InputError: If a key or a value cannot be used, or two models or two data sets have one name.
         """
         del prev_stage_result
-        args = dict(args or {})
-        known = {"models", "data", "images", "seed", "map_size", "metrics", "output"}
-        if unknown := sorted(set(args) - known):
-            msg = f"compare takes the keys {', '.join(sorted(known))}, got {', '.join(unknown)}."
-            raise InputError(msg)
-        if not args.get("models") or not (args.get("data") or args.get("images")):
-            msg = "compare needs models, a list of class_path and init_args, and data or images to try them on."
-            raise InputError(msg)
-        metrics = args.get("metrics") or list(METRICS)
-        CompareEvaluator(1, metrics)  # an unknown name is told before the first job
-        models = [model for entry in args["models"] for model in _grid(_as_config(entry))]
-        data = list(_data(args.get("data")))
-        return [
+        settings = Settings.read(args or {})
+        models = _named_models(settings.models)
+        jobs = [
             CompareJob(
                 model,
                 one,
-                args.get("images"),
-                int(args.get("seed", 42)),
-                int(args.get("map_size", 256)),
-                Path(args.get("output", "results/compare")),
+                settings.images,
+                settings.seed,
+                settings.map_size,
+                settings.output,
                 self.accelerator,
-                metrics,
+                settings.metrics,
             )
-            for one in data
+            for one in _named_data(settings.data)
             for model in models
         ]
+        if twice := _repeated([job.category for job in jobs if job.model_name == jobs[0].model_name]):
+            msg = f"Several data sets are called {', '.join(twice)}; give each entry of data a name of its own."
+            raise InputError(msg)
+        return jobs
 
 
-def _as_config(entry: str | Mapping[str, Any]) -> dict[str, Any]:
-    config = {"class_path": entry} if isinstance(entry, str) else dict(entry)
-    if "class_path" not in config:
-        msg = f"Every model and data set needs a class_path, got {config}."
+def _named_models(entries: list[Config]) -> list[Config]:
+    """Models without grids, each with a name of its own."""
+    found = []
+    for entry in entries:
+        for config, chosen in spell_out(entry):
+            name = entry.get("name") or short_class(config["class_path"])
+            words = grid_words(chosen, leave_out=() if "name" in entry else ("class_path",))
+            found.append({**config, "name": f"{name} {words}".strip()})
+    if twice := _repeated([config["name"] for config in found]):
+        msg = f"Several models are called {', '.join(twice)}; give each entry of models a name of its own."
         raise InputError(msg)
-    return config
+    return found
 
 
-def _grid(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    # anomalib's grids flatten what they are given, lists of mappings included; a plain entry has nothing to expand.
-    return get_iterator_from_grid_dict(config) if "grid" in json.dumps(config, default=str) else iter([config])
-
-
-def _data(entries: object) -> Iterator[dict[str, Any] | None]:
+def _named_data(entries: list[Config] | None) -> Iterator[Config | None]:
+    """Data sets without grids, those of one name told apart by class or by what was chosen from a grid."""
     if entries is None:
         yield None
         return
-    for entry in entries if isinstance(entries, list) else [entries]:
-        config = _as_config(entry)
-        arguments = dict(config.get("init_args", {}))
-        if arguments.get("category") == "all":
-            arguments.pop("category")
-            names = categories_on_disk(build_datamodule({**config, "init_args": arguments}))
-            if not names:
-                msg = f"No category of {config['class_path']} is on disk under {arguments.get('root', 'its root')}."
-                raise InputError(msg)
-            arguments["category"] = {"grid": names}
-        yield from _grid({**config, "init_args": arguments})
+    found = [one for entry in entries for one in spell_out(_categories(entry))]
+    names = [category_of(config, None) for config, _ in found]
+    for (config, chosen), name in zip(found, names, strict=True):
+        if names.count(name) == 1:
+            yield config
+            continue
+        words = grid_words(chosen, leave_out=("init_args.category",))
+        kinds = {other["class_path"] for (other, _), same in zip(found, names, strict=True) if same == name}
+        kind = short_class(config["class_path"]) if len(kinds) > 1 else ""
+        yield {**config, "name": " ".join(filter(None, (kind, name, words)))}
+
+
+def _categories(config: Config) -> Config:
+    """``category: all`` as a grid of what is on disk."""
+    arguments = dict(config.get("init_args", {}))
+    if arguments.get("category") != "all":
+        return config
+    arguments.pop("category")
+    try:
+        names = categories_on_disk(build_datamodule({**config, "init_args": arguments}))
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        msg = f"{config['class_path']} cannot be built from its init_args ({error}); mend the configuration."
+        raise InputError(msg) from error
+    if not names:
+        msg = f"No category of {config['class_path']} is on disk under {arguments.get('root', 'its root')}."
+        raise InputError(msg)
+    return {**config, "init_args": {**arguments, "category": {"grid": names}}}
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)

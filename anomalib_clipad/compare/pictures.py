@@ -8,10 +8,13 @@ import matplotlib.ticker
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from PIL import Image
 
 from anomalib_clipad.compare.evaluator import METRICS
-from anomalib_clipad.compare.job import write_whole
+from anomalib_clipad.compare.examples import short_names, shortened
+from anomalib_clipad.compare.job_files import Kept
+from anomalib_clipad.files import slug, write_atomically
 
 COLOURS = ("#1b6ca8", "#d95f02", "#3a9679", "#8e5ea2", "#c2a83e", "#7a4a2b", "#5c6b73", "#d4526e")
 
@@ -33,13 +36,14 @@ def draw_means(path: Path, means: pd.DataFrame) -> None:
     positions, width = np.arange(len(means.columns)), 0.8 / len(means)
     for number, (model, row) in enumerate(means.iterrows()):
         offset = (number - (len(means) - 1) / 2) * width
-        bars = axes.bar(positions + offset, 100 * row, width, label=model, color=COLOURS[number % len(COLOURS)])
+        bars = axes.bar(positions + offset, 100 * row, width, color=COLOURS[number % len(COLOURS)])
+        bars.set_label(shortened(str(model)))
         axes.bar_label(bars, fmt="%.0f", fontsize=7 if len(means) > 3 else 8, padding=1)
     axes.set_xticks(positions, [METRICS[name] for name in means.columns])
     axes.set_ylabel("mean over categories, %")
     axes.set_ylim(0, 108)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=min(len(means), 5), frameon=False)
+    _plain(figure.legend(loc="outside upper center", ncols=min(len(means), 5), frameon=False))
     _save(figure, path)
 
 
@@ -70,8 +74,10 @@ def draw_categories(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
                 axis.text(
                     column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black"
                 )
-        axis.set_xticks(range(len(wide.columns)), wide.columns, rotation=35, ha="right", rotation_mode="anchor")
-        axis.set_yticks(range(len(wide.index)), wide.index)
+        turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        models_shown, categories_shown = map(_labels, (wide.columns, wide.index))
+        axis.set_xticks(range(len(models_shown)), models_shown, parse_math=False, **turned)
+        axis.set_yticks(range(len(categories_shown)), categories_shown, parse_math=False)
         axis.set_title(f"{METRICS[name]}, %", fontsize=11)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
@@ -98,8 +104,16 @@ def draw_speed(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
     points = done.groupby("model", sort=False)[[name, "images_per_second"]].mean()
     for number, (model, row) in enumerate(points.iterrows()):
         colour = COLOURS[number % len(COLOURS)]
-        axes.scatter(row["images_per_second"], 100 * row[name], s=80, color=colour, alpha=0.85, zorder=3, label=model)
-    figure.legend(loc="outside right upper", frameon=False)
+        axes.scatter(
+            row["images_per_second"],
+            100 * row[name],
+            s=80,
+            color=colour,
+            alpha=0.85,
+            zorder=3,
+            label=shortened(str(model)),
+        )
+    _plain(figure.legend(loc="outside right upper", frameon=False))
     axes.set_xscale("log")
     low, high = points["images_per_second"].min(), points["images_per_second"].max()
     axes.set_xlim(low / 2, high * 2)
@@ -130,39 +144,34 @@ def draw_examples(output: Path, category: str, part: pd.DataFrame) -> None:
         >>> Path("examples").exists()
         False
     """
-    kept = {row["model"]: output / "jobs" / f"{row['key']}.npz" for _, row in part.iterrows()}
-    arrays = {model: np.load(path, allow_pickle=False) for model, path in kept.items() if path.is_file()}
-    if not arrays:
-        return
-    shared = sorted(set.intersection(*(set(a["paths"].tolist()) for a in arrays.values())))
+    found = {row["model"]: Kept.read(output / "jobs" / f"{row['key']}.json") for _, row in part.iterrows()}
+    kept = {model: one for model, one in found.items() if one is not None}
+    shared = sorted(set.intersection(*(set(one.maps) for one in kept.values()))) if kept else []
     if not shared:
         return
-    scores = {
-        row["model"]: pd.read_csv(kept[row["model"]].with_suffix(".csv"), index_col="path")
-        for _, row in part.iterrows()
-    }
-    has_masks = any(_mask_of(path) is not None for path in shared)
-    columns = 1 + has_masks + len(arrays)
+    everything = sorted(set().union(*(one.scores for one in kept.values())))
+    names = dict(zip(everything, short_names(everything), strict=True))
+    masks = next(iter(kept.values())).masks
+    columns = 1 + bool(masks) + len(kept)
 
     figure = _figure(width=1.4 + 1.9 * columns, height=0.5 + 1.95 * len(shared))
     axes = figure.subplots(len(shared), columns, squeeze=False)
     for row, path in enumerate(shared):
-        image = Image.open(path).convert("RGB")
+        image = _image(path)
+        frame = (0, image.width, image.height, 0)
         axes[row, 0].imshow(image)
-        axes[row, 0].set_ylabel(f"{Path(path).parent.name}/{Path(path).name}", fontsize=8)
-        if has_masks:
-            mask = _mask_of(path)
-            axes[row, 1].imshow(np.zeros(image.size[::-1]) if mask is None else mask, cmap="gray", vmin=0, vmax=1)
-        for column, (model, array) in enumerate(arrays.items(), start=1 + has_masks):
-            heat = array["maps"][array["paths"].tolist().index(path)].astype(np.float32)
-            scaled = np.clip((heat - array["low"]) / max(float(array["high"] - array["low"]), 1e-12), 0, 1)
+        axes[row, 0].set_ylabel(shortened(names[path], 30), fontsize=8, parse_math=False)
+        if masks:
+            axes[row, 1].imshow(masks[path], cmap="gray", vmin=0, vmax=1, extent=frame)
+        for column, one in enumerate(kept.values(), start=1 + bool(masks)):
+            heat = one.maps[path].astype(np.float32)
+            scaled = np.clip((heat - one.low) / max(one.high - one.low, 1e-12), 0, 1)
             axes[row, column].imshow(image)
-            frame = (0, image.width, image.height, 0)
             axes[row, column].imshow(scaled, cmap="turbo", alpha=0.6, vmin=0, vmax=1, extent=frame)
-            axes[row, column].set_xlabel(f"score {scores[model].loc[path, 'score']:.3f}", fontsize=8)
-    titles = ["image", *(["ground truth"] if has_masks else []), *arrays]
+            axes[row, column].set_xlabel(f"score {one.scores[path]:.3f}", fontsize=8)
+    titles = ["image", *(["ground truth"] if masks else []), *kept]
     for axis, text in zip(axes[0], titles, strict=True):
-        axis.set_title(text, fontsize=10)
+        axis.set_title(shortened(text, 24), fontsize=10, parse_math=False)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -171,28 +180,26 @@ def draw_examples(output: Path, category: str, part: pd.DataFrame) -> None:
     bar.set_label("1st to 99.5th percentile of a model's own maps of the category", fontsize=8)
     folder = output / "examples"
     folder.mkdir(exist_ok=True)
-    _save(figure, folder / f"{file_name(category)}.png")
+    _save(figure, folder / f"{slug(category)}.png")
 
 
-def _mask_of(path: str) -> np.ndarray | None:
-    """The mask that lies beside an image in MVTec's layout."""
-    image = Path(path)
-    folder = image.parents[2] / "ground_truth" / image.parent.name
-    found = next(
-        (folder / f"{image.stem}{end}" for end in ("_mask.png", ".png") if (folder / f"{image.stem}{end}").is_file()),
-        None,
-    )
-    return None if found is None else np.asarray(Image.open(found).convert("L")) > 0
+def _image(path: str) -> Image.Image:
+    """The image, or a grey one where it has gone since it was measured."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return Image.new("RGB", (256, 256), "grey")
 
 
-def file_name(category: str) -> str:
-    """Name of a category's picture, without its ending.
+def _labels(names: pd.Index) -> list[str]:
+    return [shortened(str(name)) for name in names]
 
-    Example:
-        >>> file_name("metal nut")
-        'metal_nut'
-    """
-    return "".join(c if c.isalnum() else "_" for c in category)
+
+def _plain(legend: Legend) -> None:
+    """Dollars in a name are no formula."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -202,4 +209,4 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

@@ -8,24 +8,11 @@ import pandas as pd
 
 from anomalib_clipad.compare import pictures
 from anomalib_clipad.compare.evaluator import METRICS
-from anomalib_clipad.compare.job import write_whole
-
-# Means over the data set in per cent, as their authors or anomalib's model READMEs give them.
-PUBLISHED = {
-    "MVTecAD": {
-        "WinClip": {"pixel_F1Max": 31.7, "pixel_AUPRO": 64.6},
-        "ClipAdSdp": {"pixel_F1Max": 35.9, "pixel_AUPRO": 75.3},
-        "ClipAdSdpPlus": {"pixel_F1Max": 40.0, "pixel_AUPRO": 85.1},
-        "AnomalyVFM": {
-            "image_AUROC": 96.4,
-            "image_F1Max": 95.0,
-            "pixel_AUROC": 91.9,
-            "pixel_F1Max": 49.2,
-            "pixel_AUPRO": 87.1,
-        },
-        "Patchcore": {"image_AUROC": 98.0, "pixel_AUROC": 98.0},
-    },
-}
+from anomalib_clipad.compare.examples import printable, short_names
+from anomalib_clipad.compare.job_files import Kept
+from anomalib_clipad.compare.known import PUBLISHED
+from anomalib_clipad.errors import InputError
+from anomalib_clipad.files import slug, write_atomically
 
 
 def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", published: str | None = None) -> None:
@@ -38,6 +25,9 @@ def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", publ
         published: Name of the data set whose published figures belong beside the measured ones; found in ``title``
             by default.
 
+    Raises:
+        InputError: If two rows are of one model on one category, which a table cannot tell apart.
+
     Example:
         >>> row = {"model": "SDP", "category": "bottle", "image_AUROC": 0.9, "key": "none"}
         >>> write_report(Path(), [{**row, "images_per_second": 3.0, "peak_memory_mib": 900.0}])
@@ -45,8 +35,12 @@ def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", publ
         True
     """
     table = pd.DataFrame(rows)
-    write_whole(output / "results.csv", _flat(table).to_csv(index=False).encode())
-    write_whole(output / "results.json", json.dumps(rows, indent=1, default=str).encode())
+    if (twice := table.duplicated(["model", "category"])).any():
+        model, category = table.loc[twice, ["model", "category"]].iloc[0]
+        msg = f"There are several rows of {model} on {category}; give each model a name of its own."
+        raise InputError(msg)
+    write_atomically(output / "results.csv", _flat(table).to_csv(index=False).encode())
+    write_atomically(output / "results.json", json.dumps(rows, indent=1, default=str).encode())
     done, metrics = _done(table)
     if metrics:
         pictures.draw_means(output / "means.png", _means(done, metrics))
@@ -59,7 +53,7 @@ def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", publ
     )
     if title:
         text += f"\n## Configuration\n```yaml\n{title.strip()}\n```\n"
-    write_whole(output / "report.md", text.encode())
+    write_atomically(output / "report.md", text.encode(errors="backslashreplace"))
 
 
 def mean_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -91,11 +85,13 @@ def _means(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a column a version, and a number in place of the list of skipped images."""
+    table = table.drop(columns="inputs", errors="ignore")
+    if "skipped" in table:
+        table = table.assign(skipped=[len(found) if isinstance(found, list) else 0 for found in table["skipped"]])
     if "versions" not in table:
         return table
-    versions = pd.json_normalize(table["versions"].map(lambda v: v if isinstance(v, dict) else {})).add_prefix(
-        "version_"
-    )
+    versions = pd.json_normalize([v if isinstance(v, dict) else {} for v in table["versions"]]).add_prefix("version_")
     return pd.concat([table.drop(columns="versions"), versions.set_index(table.index)], axis=1)
 
 
@@ -105,6 +101,11 @@ def _markdown(output: Path, table: pd.DataFrame, done: pd.DataFrame, metrics: li
         for _, row in table[table["error"].notna()].iterrows():
             lines.append(f"- **Failed**: {row['model']} on {row['category']}: {row['error']}")
         lines.append("")
+    if skipped := skipped_images(done):
+        lines += [
+            f"- **Skipped**, because it cannot be read: {path} ({', '.join(who)})" for path, who in skipped.items()
+        ]
+        lines.append("")
     if metrics:
         categories = done["category"].nunique()
         counts = done.groupby("model", sort=False)["category"].nunique()
@@ -112,7 +113,7 @@ def _markdown(output: Path, table: pd.DataFrame, done: pd.DataFrame, metrics: li
         means = _means(done, metrics)
         mean = pd.DataFrame({METRICS[name]: _bold(100 * means[name]) for name in metrics}, index=means.index)
         mean["images/s"] = speed["images_per_second"].map("{:.2f}".format)
-        mean["peak MiB"] = speed["peak_memory_mib"].map("{:.0f}".format)
+        mean["peak MiB"] = speed["peak_memory_mib"].map(lambda peak: "" if pd.isna(peak) else f"{peak:.0f}")
         mean["categories"] = [f"{count} of {categories}" for count in counts]
         lines += [
             f"## Means over {categories} categories, in per cent",
@@ -122,6 +123,7 @@ def _markdown(output: Path, table: pd.DataFrame, done: pd.DataFrame, metrics: li
             "![Means](means.png)",
             "",
         ]
+        lines += ["Peak MiB: memory that a job added to what its process held before it.", ""]
         lines += ["![Speed and accuracy](speed_accuracy.png)", ""]
         lines += _published(done, means, published)
         lines += ["## By category, in per cent", "", "![By category](per_category.png)", ""]
@@ -133,18 +135,33 @@ def _markdown(output: Path, table: pd.DataFrame, done: pd.DataFrame, metrics: li
     else:
         lines += ["No labels, so no metrics: heatmaps and scores only.", ""]
         for category, part in done.groupby("category", sort=False):
-            scores = {
-                row["model"]: pd.read_csv(output / "jobs" / f"{row['key']}.csv", index_col="path")["score"]
-                for _, row in part.iterrows()
-            }
-            wide = pd.DataFrame(scores).map("{:.4f}".format)
-            wide.index = [Path(path).name for path in wide.index]
-            lines += [f"### Scores on {category}", "", _table(wide.rename_axis("image")), ""]
+            lines += [f"### Scores on {category}", "", _table(_scores(output, part)), ""]
     lines += ["## Examples", ""]
-    lines += [
-        f"![{category}](examples/{pictures.file_name(str(category))}.png)" for category in done["category"].unique()
-    ]
+    lines += [f"![{category}](examples/{slug(str(category))}.png)" for category in done["category"].unique()]
     return "\n".join(lines) + "\n"
+
+
+def skipped_images(done: pd.DataFrame) -> dict[str, list[str]]:
+    """Images that could not be read, and the models that therefore went without them.
+
+    Example:
+        >>> skipped_images(pd.DataFrame([{"model": "SDP", "skipped": ["a.png"]}]))
+        {'a.png': ['SDP']}
+    """
+    found: dict[str, list[str]] = {}
+    for _, row in done.iterrows():
+        for path in row.get("skipped") if isinstance(row.get("skipped"), list) else []:
+            found.setdefault(printable(str(path)), []).append(row["model"])
+    return found
+
+
+def _scores(output: Path, part: pd.DataFrame) -> pd.DataFrame:
+    """A row an image, a column a model."""
+    kept = {row["model"]: Kept.read(output / "jobs" / f"{row['key']}.json") for _, row in part.iterrows()}
+    wide = pd.DataFrame({model: one.scores for model, one in kept.items() if one is not None}).sort_index()
+    shown = wide.map("{:.4f}".format)
+    shown.index = pd.Index(short_names(list(wide.index)), name="image")
+    return shown
 
 
 def _published(done: pd.DataFrame, means: pd.DataFrame, data: str | None) -> list[str]:
@@ -182,4 +199,5 @@ def _table(frame: pd.DataFrame) -> str:
     """A table in Markdown, its index as the first column."""
     header = [str(frame.index.name or ""), *map(str, frame.columns)]
     rows = [[str(name), *map(str, row)] for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)

@@ -3,14 +3,17 @@
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from anomalib.pipelines.components.base import Runner
 from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
 from anomalib.pipelines.components.runners.parallel import ParallelExecutionError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
+from anomalib_clipad.compare.examples import shortened
 from anomalib_clipad.compare.job import CompareJob
 
-DIED = "A process of the comparison died, of memory perhaps; start it again for what is missing."
+DIED = "A process of the comparison died, perhaps for lack of memory; start it again for what is missing."
 
 
 class SerialCompareRunner(SerialRunner):
@@ -28,7 +31,8 @@ class SerialCompareRunner(SerialRunner):
 
     def run(self, args: dict, prev_stage_results: object = None) -> list[dict[str, Any]]:
         """Run what is missing; a row a job."""
-        jobs = self.generator(args, prev_stage_results)
+        del prev_stage_results
+        jobs = _jobs(self, args)
         rows = []
         with _progress() as progress:
             task = progress.add_task("compare", total=len(jobs))
@@ -55,7 +59,7 @@ class ParallelCompareRunner(ParallelRunner):
 
     def run(self, args: dict, prev_stage_results: object = None) -> list[dict[str, Any]]:
         """Run what is missing; a row a job, in the jobs' order. When a process dies, what is done stays."""
-        jobs = self.generator(args, prev_stage_results)
+        jobs = _jobs(self, args)
         with _progress() as self._bar:
             self._task = self._bar.add_task(f"{self.n_jobs} at once", total=len(jobs))
             try:
@@ -73,16 +77,21 @@ class ParallelCompareRunner(ParallelRunner):
         self._bar.update(self._task, completed=len(self.results))
 
 
+def _jobs(runner: Runner, args: dict) -> list[CompareJob]:
+    return [job for job in runner.generator(args, None) if isinstance(job, CompareJob)]
+
+
 def _progress() -> Progress:
-    words = TextColumn("{task.description}")
+    words = TextColumn("{task.description}", markup=False)
     left = (TextColumn("left"), TimeRemainingColumn())
     return Progress(words, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left, console=Console(stderr=True))
 
 
 def _title(job: CompareJob) -> str:
-    return f"{job.model_name} on {job.category}"
+    return shortened(f"{job.model_name} on {job.category}")
 
 
 def _tell(progress: Progress, row: dict[str, Any]) -> None:
     if "error" in row:
-        progress.console.print(f"[red]failed[/red] {row['model']} on {row['category']}: {row['error']}")
+        words = f"{row['model']} on {row['category']}: {row['error']}"
+        progress.console.print(Text.assemble(("failed ", "red"), words))

@@ -108,6 +108,20 @@ def _all_alike(extremes: list[Metric]) -> bool:
     return len(values) == 2 and values[0] == values[1]
 
 
+def paper_metrics() -> list[AnomalibMetric]:
+    """The paper's seven; those without labels or masks to compare with stay silent.
+
+    Example:
+        >>> [metric.name for metric in paper_metrics()][-2:]
+        ['pixel_AP', 'pixel_AUPRO']
+    """
+    return [
+        *(kind(fields=IMAGE_FIELDS, prefix="image_", strict=False) for kind in (AUROC, F1Max, AP)),
+        *(kind(fields=PIXEL_FIELDS, prefix="pixel_", strict=False) for kind in (AUROC, F1Max, AP)),
+        AUPRO(fields=PIXEL_FIELDS, prefix="pixel_", strict=False, fpr_limit=0.3),
+    ]
+
+
 def paper_evaluator(validate: bool = False) -> Evaluator:
     """Evaluator with the paper's metrics and anomalib's F1 of the thresholded prediction.
 

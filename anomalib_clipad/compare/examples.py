@@ -1,0 +1,87 @@
+"""Which images of a job are shown, and what is kept of them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+EXAMPLES = 6  # images kept of every job
+NORMAL = 2  # of them, where there are labels
+
+
+def choose_examples(paths: Sequence[str], labels: Sequence[int | None]) -> list[str]:
+    """Choose images evenly over all folders, and within each folder; normal ones last.
+
+    Args:
+        paths: All images.
+        labels: 0 for a normal image, None without labels.
+
+    Returns:
+        At most ``EXAMPLES`` of the paths.
+
+    Example:
+        >>> choose_examples([f"{folder}/{n}.png" for folder in "abcdefg" for n in (0, 1)], [None] * 14)
+        ['a/0.png', 'b/0.png', 'c/0.png', 'e/0.png', 'f/0.png', 'g/0.png']
+    """
+    normal = [path for path, label in zip(paths, labels, strict=True) if label == 0]
+    others = [path for path, label in zip(paths, labels, strict=True) if label != 0]
+    chosen = _evenly_by_folder(normal, min(NORMAL, EXAMPLES) if others else EXAMPLES)
+    return _evenly_by_folder(others, EXAMPLES - len(chosen)) + chosen
+
+
+def _evenly_by_folder(paths: Sequence[str], count: int) -> list[str]:
+    folders: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        folders.setdefault(os.path.dirname(path), []).append(path)  # noqa: PTH120 - paths stay texts
+    wanted = _evenly(list(folders.values()), count)
+    quota = [0] * len(wanted)
+    while sum(quota) < min(count, sum(map(len, wanted))):
+        open_folders = [i for i, folder in enumerate(wanted) if quota[i] < len(folder)]
+        quota[min(open_folders, key=quota.__getitem__)] += 1
+    return [path for folder, number in zip(wanted, quota, strict=True) for path in _evenly(folder, number)]
+
+
+def _evenly(items: list, count: int) -> list:
+    """The first, the last, and others at equal distances between them."""
+    if count >= len(items):
+        return items
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Paths below the folder that all of them have in common, so that images of one name can be told apart.
+
+    Example:
+        >>> short_names(["line/a/1.png", "line/b/1.png"])
+        ['a/1.png', 'b/1.png']
+    """
+    if not paths:
+        return []
+    try:
+        common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+    except ValueError:  # several drives, or relative and absolute ones
+        return [printable(path) for path in paths]
+    return [printable(Path(os.path.relpath(path, common or ".")).as_posix()) for path in paths]
+
+
+def printable(text: str) -> str:
+    r"""A text that any screen, table and picture takes: one line, without control characters or broken bytes.
+
+    Example:
+        >>> printable("metal nut"), printable("two\nlines")
+        ('metal nut', 'two\\nlines')
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """A text with its middle left out where it is longer than ``length``.
+
+    Example:
+        >>> shortened("a" * 300, 9)
+        'aaaa…aaaa'
+    """
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]}…{text[-((length - 1) // 2) :]}"
