@@ -88,7 +88,9 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             evaluator = paper_evaluator(validate=True)
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
         self.adopt(model, class_name)
-        trained_on = load_adapter(model.adapter, adapter, self.fingerprint) if adapter is not None else None
+        trained_on = (
+            load_adapter(model.adapter, adapter, self.fingerprint, model.visual.layers) if adapter is not None else None
+        )
         self.adopt_training(lr, trained_on)
 
     def save_adapter(self, path: str | Path) -> None:
