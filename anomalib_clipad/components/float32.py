@@ -1,4 +1,4 @@
-"""Numbers that keep their digits while the tower around them is brought to fewer bits."""
+"""Buffers that stay in float32 while the tower around them goes to a lower precision."""
 
 from collections.abc import Callable
 
@@ -24,6 +24,7 @@ class Float32Buffers(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
-            if value is not None:
-                self._buffers[name] = value.to(self._buffers[name].device)
+            moved = self._buffers[name]
+            if value is not None and moved is not None:
+                self._buffers[name] = value.to(moved.device)
         return self
