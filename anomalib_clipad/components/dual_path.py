@@ -3,9 +3,11 @@
 CLIP-AD (arXiv 2311.00453), section 3.2. Which original stream a tap sees follows the authors' release.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from anomalib_clipad.components.attention import attend
 from anomalib_clipad.errors import InputError
 
 STAGES = 4
+MOST_PATCHES = 16384  # 2048 x 2048 pixels in patches of 16; more would take all memory
 
 
 class DualPathFeatures(NamedTuple):
@@ -57,7 +60,7 @@ class DualPathVisionTransformer(nn.Module):
         (4, torch.Size([2, 17, 12]), torch.Size([2, 17, 16]))
     """
 
-    def __init__(self, visual: nn.Module, layers: list[int] | None = None) -> None:
+    def __init__(self, visual: VisionTransformer, layers: Sequence[int] | None = None) -> None:
         super().__init__()
         _check_tower(visual)
         self.visual = visual
@@ -84,16 +87,27 @@ class DualPathVisionTransformer(nn.Module):
         """Number of patches (rows, columns) of an image of ``image_size`` (height, width) pixels.
 
         Raises:
-            InputError: If a side is not a multiple of the patch size.
+            InputError: If a side is not a multiple of the patch size, or there are more than 16384 patches.
         """
         patch = self.visual.conv1.kernel_size
-        if any(side % step or not side for side, step in zip(image_size, patch, strict=True)):
+        sides = isinstance(image_size, tuple | list) and len(image_size) == 2
+        if not sides or not all(isinstance(side, int) and side > 0 for side in image_size):
+            msg = f"image_size must be a height and a width, whole numbers of pixels above 0, got {image_size!r}."
+            raise InputError(msg)
+        if any(side % step for side, step in zip(image_size, patch, strict=True)):
             msg = (
                 f"image_size must be a multiple of the tower's patch size {patch[0]} x {patch[1]}, "
                 f"got {image_size[0]} x {image_size[1]}; resize the images, or choose another image_size."
             )
             raise InputError(msg)
-        return image_size[0] // patch[0], image_size[1] // patch[1]
+        rows, columns = image_size[0] // patch[0], image_size[1] // patch[1]
+        if rows * columns > MOST_PATCHES:
+            msg = (
+                f"image_size {image_size[0]} x {image_size[1]} makes {rows * columns} patches of {patch[0]} x "
+                f"{patch[1]} pixels, and at most {MOST_PATCHES} are possible; choose a smaller image_size."
+            )
+            raise InputError(msg)
+        return rows, columns
 
     def forward(self, images: torch.Tensor, with_original: bool = True) -> DualPathFeatures:
         """Compute the taps of both paths.
@@ -106,7 +120,11 @@ class DualPathVisionTransformer(nn.Module):
 
         Returns:
             One tensor a tap and path; ``original`` is empty without ``with_original``.
+
+        Raises:
+            InputError: If the images are not a floating-point tensor of this shape.
         """
+        self._check_images(images)
         visual, last = self.visual, self.layers[-1]
         taps = DualPathFeatures([], [])
 
@@ -135,6 +153,18 @@ class DualPathVisionTransformer(nn.Module):
         tap(s, h)  # the tower's last block has no next one
         return taps
 
+    def _check_images(self, images: torch.Tensor) -> None:
+        wanted = f"images must be a floating-point tensor (B, {self.visual.conv1.in_channels}, H, W)"
+        if not isinstance(images, torch.Tensor):
+            msg = f"{wanted}, got a {type(images).__name__}."
+            raise InputError(msg)
+        if images.ndim != 4 or images.shape[1] != self.visual.conv1.in_channels:
+            msg = f"{wanted}, got shape {tuple(images.shape)}."
+            raise InputError(msg)
+        if not images.is_floating_point():
+            msg = f"{wanted}, normalised as CLIP expects, got {images.dtype}; scale to [0, 1] and normalise first."
+            raise InputError(msg)
+
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         visual = self.visual
         grid = self.grid((images.shape[-2], images.shape[-1]))
@@ -147,7 +177,9 @@ class DualPathVisionTransformer(nn.Module):
         return visual.ln_pre(x + positions.to(x.dtype))
 
 
-def _dual_attention(block: nn.Module, n: torch.Tensor, class_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _dual_attention(
+    block: ResidualAttentionBlock, n: torch.Tensor, class_only: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Query-key and value-value attention of one block: (B, N + 1, W) each, the former (B, 1, W) if ``class_only``."""
     attention = block.attn
     b, length, _ = n.shape
@@ -162,7 +194,7 @@ def _dual_attention(block: nn.Module, n: torch.Tensor, class_only: bool) -> tupl
     return both.split([q.shape[2], length], dim=1)
 
 
-def _check_tower(visual: nn.Module) -> None:
+def _check_tower(visual: VisionTransformer) -> None:
     name = type(visual).__name__
     wanted = "The dual path needs open_clip's VisionTransformer with a class token"
     if name != "VisionTransformer" or not hasattr(visual, "transformer") or not hasattr(visual, "class_embedding"):
@@ -183,12 +215,11 @@ def _check_tower(visual: nn.Module) -> None:
         raise InputError(msg)
 
 
-def _check_layers(layers: list[int] | None, depth: int) -> list[int]:
+def _check_layers(layers: Sequence[int] | None, depth: int) -> list[int]:
     if layers is None:
         return [depth // STAGES * stage for stage in range(1, STAGES + 1)]
-    layers = list(layers)
-    in_range = all(isinstance(tap, int) and 1 <= tap <= depth for tap in layers)
-    if not layers or not in_range or layers != sorted(set(layers)):
-        msg = f"layers must be ascending block numbers between 1 and {depth}, got {layers}."
+    taps = list(layers) if isinstance(layers, list | tuple) else []
+    if not taps or not all(type(tap) is int and 1 <= tap <= depth for tap in taps) or taps != sorted(set(taps)):
+        msg = f"layers must be ascending block numbers between 1 and {depth}, got {layers!r}."
         raise InputError(msg)
-    return layers
+    return taps

@@ -1,4 +1,4 @@
-"""Numbers that keep their digits while the tower around them is brought to fewer bits."""
+"""Buffers that stay in float32 while the tower around them goes to a lower precision."""
 
 from collections.abc import Callable
 

@@ -4,12 +4,13 @@ CLIP-AD (arXiv 2311.00453), section 3.1 and appendix; the industrial set is the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from anomalib_clipad.components.weights import is_file
 from anomalib_clipad.errors import InputError
 
 
@@ -41,8 +42,9 @@ class PromptEnsemble:
     templates: Sequence[str]
 
     def __post_init__(self) -> None:
-        for key, entries in asdict(self).items():
-            if isinstance(entries, str) or not entries:
+        for key in (field.name for field in fields(self)):
+            entries = getattr(self, key)
+            if not isinstance(entries, list | tuple) or not entries:
                 msg = f"prompts: {key} must be a list of at least one sentence, got {entries!r}."
                 raise InputError(msg)
             for entry in entries:
@@ -65,12 +67,15 @@ class PromptEnsemble:
         if isinstance(config, PromptEnsemble):
             return config
         if isinstance(config, str | Path):
-            if config in ENSEMBLES:
-                return ENSEMBLES[config]
+            if str(config) in ENSEMBLES:
+                return ENSEMBLES[str(config)]
             config = _read_yaml(config)
+        if not isinstance(config, Mapping):
+            msg = f"prompts must be {_CHOICES}, got {config!r}."
+            raise InputError(msg)
         industrial = asdict(ENSEMBLES["industrial"])
-        if unknown := sorted(set(config) - set(industrial)):
-            msg = f"prompts take the keys {', '.join(industrial)}, got {', '.join(map(str, unknown))}."
+        if unknown := sorted(map(str, set(config) - set(industrial))):
+            msg = f"prompts take the keys {', '.join(industrial)}, got {', '.join(unknown)}."
             raise InputError(msg)
         return cls(**{**industrial, **config})
 
@@ -81,26 +86,28 @@ class PromptEnsemble:
             class_name: What is in the image, such as ``bottle`` or ``metal nut``.
 
         Raises:
-            InputError: If the class name is empty.
+            InputError: If the class name is empty or not text.
         """
-        if not class_name.strip():
-            msg = "class_name is empty; say what is in the images, for example 'metal nut', or leave it out."
+        if not isinstance(class_name, str) or not class_name.strip():
+            found = "is empty" if isinstance(class_name, str) else f"must be text, got {class_name!r}"
+            msg = f"class_name {found}; say what is in the images, for example 'metal nut', or leave it out."
             raise InputError(msg)
-        return tuple(
-            [template.replace("{}", state.replace("{}", class_name)) for state in states for template in self.templates]
-            for states in (self.normal_states, self.anomalous_states)
-        )
+        return self._fill(self.normal_states, class_name), self._fill(self.anomalous_states, class_name)
+
+    def _fill(self, states: Sequence[str], class_name: str) -> list[str]:
+        phrases = [state.replace("{}", class_name) for state in states]
+        return [template.replace("{}", phrase) for phrase in phrases for template in self.templates]
 
 
 def _read_yaml(path: str | Path) -> Mapping[str, Any]:
-    known = f"one of {', '.join(ENSEMBLES)}, a mapping, or the path of a YAML file"
-    if not Path(path).is_file():
-        msg = f"prompts must be {known}, got {str(path)!r}, which is neither a known name nor a file."
+    if not is_file(path):
+        msg = f"prompts must be {_CHOICES}, got {str(path)!r}, which is neither a known name nor a file."
         raise InputError(msg)
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"prompts: {path} is not valid YAML: {str(error).splitlines()[0]}."
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # Not all are YAML's own: its tags for dates and numbers raise what Python's conversions raise.
+        msg = f"prompts: {path} is not valid YAML ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})."
         raise InputError(msg) from error
     if not isinstance(config, Mapping):
         msg = f"prompts: {path} must hold a mapping with normal_states, anomalous_states and templates."
@@ -176,4 +183,5 @@ _MEDICAL = PromptEnsemble(
     ),
 )
 
-ENSEMBLES: dict[str | Path, PromptEnsemble] = {"industrial": _INDUSTRIAL, "medical": _MEDICAL}
+ENSEMBLES: dict[str, PromptEnsemble] = {"industrial": _INDUSTRIAL, "medical": _MEDICAL}
+_CHOICES = f"one of {', '.join(ENSEMBLES)}, a mapping, or the path of a YAML file"

@@ -4,7 +4,9 @@ CLIP-AD (arXiv 2311.00453), section 3.1.
 """
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,11 +49,22 @@ def select_representative_vector(embeddings: torch.Tensor, method: str = "dbscan
         tensor([1., 0.])
     """
     options = check_rvs(method, **options)
+    wanted = "embeddings must be a finite, non-empty (P, D) matrix of floating-point numbers"
+    if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():
+        msg = f"{wanted}, got {getattr(embeddings, 'dtype', type(embeddings).__name__)}."
+        raise InputError(msg)
     if embeddings.ndim != 2 or not embeddings.numel() or not embeddings.isfinite().all():
-        msg = f"embeddings must be a finite, non-empty (P, D) matrix, got shape {tuple(embeddings.shape)}."
+        msg = f"{wanted}, got shape {tuple(embeddings.shape)}."
         raise InputError(msg)
     cloud = embeddings.detach().cpu().double().numpy()
-    vector = torch.from_numpy(np.ascontiguousarray(_METHODS[method][0](cloud, **options)))
+    try:
+        vector = torch.from_numpy(np.ascontiguousarray(_METHODS[method][0](cloud, **options)))
+    except ValueError as error:  # scikit-learn's, for options that it refuses beyond our own check
+        msg = f"rvs method {method!r} with the options {options} fails ({error}); choose others."
+        raise InputError(msg) from error
+    if not vector.isfinite().all():
+        msg = f"rvs method {method!r} with the options {options} gives no finite vector; choose others."
+        raise InputError(msg)
     return F.normalize(vector, dim=0).to(embeddings)
 
 
@@ -69,7 +82,7 @@ def check_rvs(method: str, **options: float) -> dict[str, float]:
         >>> check_rvs("dbscan", eps=1.5)
         {'eps': 1.5, 'min_samples': 15}
     """
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         msg = f"rvs method must be one of {', '.join(_METHODS)}, got {method!r}."
         raise InputError(msg)
     defaults = _METHODS[method][1]
@@ -77,10 +90,31 @@ def check_rvs(method: str, **options: float) -> dict[str, float]:
         msg = f"rvs method {method!r} takes {', '.join(defaults) or 'no options'}, got {', '.join(unknown)}."
         raise InputError(msg)
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             msg = f"rvs option {name} must be a positive number, got {value!r}."
             raise InputError(msg)
+        if name == "min_samples" and value != int(value):
+            msg = f"rvs option min_samples must be a whole number, got {value!r}."
+            raise InputError(msg)
     return {**defaults, **options}
+
+
+def rvs_options(rvs: str | Mapping[str, Any]) -> dict[str, Any]:
+    """What a user writes for RVS, a method's name or a mapping of ``method`` and its options, as a checked mapping.
+
+    Raises:
+        InputError: If the method is missing, or it or an option is unknown.
+
+    Example:
+        >>> rvs_options("mean"), rvs_options({"method": "dbscan", "eps": 1.5})
+        ({'method': 'mean'}, {'method': 'dbscan', 'eps': 1.5})
+    """
+    options = {"method": rvs} if isinstance(rvs, str) else rvs
+    if not isinstance(options, Mapping) or "method" not in options or not all(isinstance(key, str) for key in options):
+        msg = f"rvs must name its method, for example {{'method': 'dbscan', 'eps': 1.5}}, got {rvs!r}."
+        raise InputError(msg)
+    check_rvs(**options)
+    return dict(options)
 
 
 def _mean(cloud: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ CLIP-AD (arXiv 2311.00453), section 3.3, in closed form.
 import torch
 from torch.nn import functional as F
 
+from anomalib_clipad.errors import InputError
+
 
 def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
     r"""Score every token against the normal and the anomalous text vector, fused over the stages.
@@ -28,6 +30,9 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
         (B, N + 1, 2) in float32, class token first; the anomalous score is the last channel, the normal one its
         negative. Each stage adds at most 1 in size.
 
+    Raises:
+        InputError: If the tensors are of other shapes or types.
+
     Example:
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
         <torch._C.Generator ...>
@@ -36,6 +41,12 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
         >>> scores.shape, torch.allclose(scores[..., 0], -scores[..., 1])
         (torch.Size([3, 17, 2]), True)
     """
+    taps = list(surgery_features) if isinstance(surgery_features, list | tuple) else []
+    if not taps or not all(_is_floating(tap, 3) and tap.shape == taps[0].shape for tap in taps):
+        found = [tuple(tap.shape) if isinstance(tap, torch.Tensor) else type(tap).__name__ for tap in taps]
+        msg = f"surgery_features must be a list of equal floating-point tensors (B, N + 1, D), got {found}."
+        raise InputError(msg)
+    check_text_features(text_features, taps[0].shape[0], taps[0].shape[2])
     text = text_features.float().expand(surgery_features[0].shape[0], -1, -1)  # (B, 2, D)
     total = torch.zeros((), device=text.device)
     for tokens in surgery_features:
@@ -43,6 +54,28 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
         p = (f[:, :1] @ margin(text).transpose(1, 2)).sigmoid()  # (B, 1, 1), of the class token, softmax of two
         total = total + f @ (p * text[:, 1:] - (1 - p) * text[:, :1]).transpose(1, 2)  # (B, N + 1, 1)
     return torch.cat([-total, total], dim=-1)
+
+
+def check_text_features(text_features: torch.Tensor, images: int, width: int) -> None:
+    """Check that text vectors are one pair for all images, or one pair an image.
+
+    Raises:
+        InputError: If they are not (2, D) or (B, 2, D) floating-point numbers.
+
+    Example:
+        >>> check_text_features(torch.eye(2), images=5, width=2)
+    """
+    if not isinstance(text_features, torch.Tensor) or not (
+        (_is_floating(text_features, 2) and text_features.shape == (2, width))
+        or (_is_floating(text_features, 3) and text_features.shape == (images, 2, width))
+    ):
+        found = tuple(text_features.shape) if isinstance(text_features, torch.Tensor) else type(text_features).__name__
+        msg = f"text_features must be floating-point (2, {width}) or ({images}, 2, {width}), got {found}."
+        raise InputError(msg)
+
+
+def _is_floating(value: object, rank: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == rank
 
 
 def margin(text_features: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 
 import torch
+from open_clip import CLIP, CustomTextCLIP
+from open_clip.transformer import TextTransformer
 from torch import nn
 from torch.nn import functional as F
 
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.representative_vector import select_representative_vector
+from anomalib_clipad.errors import InputError
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
@@ -26,6 +29,9 @@ class TextEncoder:
         tokenizer: The model's tokenizer, from ``open_clip.get_tokenizer``.
         batch_size: Most prompts encoded at once, which bounds the memory.
 
+    Raises:
+        InputError: If an argument is of another kind.
+
     Example:
         >>> import open_clip
         >>> vision = {"image_size": 32, "layers": 4, "width": 16, "head_width": 8, "patch_size": 8}
@@ -36,19 +42,33 @@ class TextEncoder:
         torch.Size([2, 12])
     """
 
-    def __init__(self, clip: nn.Module, tokenizer: Tokenizer, batch_size: int = 256) -> None:
-        self.clip = clip
+    def __init__(self, clip: CLIP | CustomTextCLIP, tokenizer: Tokenizer, batch_size: int = 256) -> None:
+        if not isinstance(clip, nn.Module) or not hasattr(clip, "encode_text") or not hasattr(clip, "logit_scale"):
+            msg = f"clip must be a CLIP of open_clip with its text tower, got a {type(clip).__name__}."
+            raise InputError(msg)
+        if not callable(tokenizer):
+            msg = f"tokenizer must be a function from sentences to tokens, got {tokenizer!r}."
+            raise InputError(msg)
+        if type(batch_size) is not int or batch_size < 1:
+            msg = f"batch_size must be a whole number above 0, got {batch_size!r}."
+            raise InputError(msg)
+        self.clip: CLIP | CustomTextCLIP = clip
         self.tokenizer = tokenizer
         self.batch_size = batch_size
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> torch.Tensor:
-        """Unit vectors of prompts: (P, D) in float32, in the order of ``prompts``."""
-        tokens = self.tokenizer(prompts).to(self.clip.logit_scale.device)
+        """Unit vectors of prompts: (P, D) in float32, in the order of ``prompts``.
+
+        Raises:
+            InputError: If there are no prompts, or the tokenizer or the weights do not serve them.
+        """
         tower = getattr(self.clip, "text", self.clip)
-        if not _can_be_cut(self.clip, tower):
+        can_be_cut = _can_be_cut(self.clip, tower)
+        tokens = self._tokens(prompts, tower if can_be_cut else None)
+        if not can_be_cut:
             chunks = tokens.split(self.batch_size)
-            return torch.cat([F.normalize(self.clip.encode_text(chunk).float(), dim=-1) for chunk in chunks])
+            return _finite(torch.cat([F.normalize(self.clip.encode_text(chunk).float(), dim=-1) for chunk in chunks]))
         lengths = tokens.argmax(dim=1) + 1  # the end token is the largest
         vectors: torch.Tensor | None = None
         for length in lengths.unique().tolist():
@@ -57,7 +77,28 @@ class TextEncoder:
                 if vectors is None:
                     vectors = encoded.new_empty(len(prompts), encoded.shape[1])
                 vectors[rows] = encoded
-        return vectors
+        assert vectors is not None  # noqa: S101 - for the type checker: there is at least one prompt
+        return _finite(vectors)
+
+    def _tokens(self, prompts: list[str], tower: CLIP | TextTransformer | None) -> torch.Tensor:
+        listed = isinstance(prompts, list | tuple) and len(prompts) > 0
+        if not listed or not all(isinstance(prompt, str) for prompt in prompts):
+            msg = f"prompts must be a list of at least one sentence, got {prompts!r}."
+            raise InputError(msg)
+        tokens = self.tokenizer(prompts)
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or len(tokens) != len(prompts):
+            found = getattr(tokens, "shape", type(tokens).__name__)
+            msg = f"The tokenizer must give one row of tokens a prompt, got {found}; use the CLIP's own."
+            raise InputError(msg)
+        if tower is not None:
+            words, places = tower.token_embedding.num_embeddings, len(tower.positional_embedding)
+            if tokens.is_floating_point() or not 0 <= tokens.min() <= tokens.max() < words or tokens.shape[1] > places:
+                msg = (
+                    f"The tokenizer does not belong to the CLIP, which knows {words} tokens and sentences of {places}; "
+                    f"it gives {tokens.shape[1]} a sentence up to {tokens.max()}. Use the CLIP's own."
+                )
+                raise InputError(msg)
+        return tokens.to(self.clip.logit_scale.device)
 
     def text_features(
         self,
@@ -73,12 +114,25 @@ class TextEncoder:
             ensemble: The prompts that describe it.
             method: How a vector is chosen for each cloud, see :func:`select_representative_vector`.
             **options: The method's options.
+
+        Raises:
+            InputError: If the class name is empty, or the method or an option is unknown.
         """
+        if not isinstance(ensemble, PromptEnsemble):
+            msg = f"ensemble must be a PromptEnsemble, got {ensemble!r}; make one with PromptEnsemble.from_config."
+            raise InputError(msg)
         clouds = [self.encode(prompts) for prompts in ensemble.prompts(class_name)]
         return torch.stack([select_representative_vector(cloud, method, **options) for cloud in clouds])
 
 
-def _can_be_cut(clip: nn.Module, tower: nn.Module) -> bool:
+def _finite(vectors: torch.Tensor) -> torch.Tensor:
+    if not vectors.isfinite().all():
+        msg = "The text tower gives vectors that are not finite; its weights are damaged or do not fit its precision."
+        raise InputError(msg)
+    return vectors
+
+
+def _can_be_cut(clip: CLIP | CustomTextCLIP, tower: CLIP | TextTransformer) -> bool:
     """Whether a prompt's vector is that of its end token in a causal tower of open_clip's own."""
     pool_type = getattr(tower, "pool_type", None) or getattr(clip, "text_pool_type", "argmax")
     return (
@@ -90,7 +144,7 @@ def _can_be_cut(clip: nn.Module, tower: nn.Module) -> bool:
     )
 
 
-def _encode_cut(tower: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _encode_cut(tower: CLIP | TextTransformer, tokens: torch.Tensor) -> torch.Tensor:
     """Encode (P, n) tokens that all end with the end token, as ``encode_text`` does with the padding behind it."""
     length = tokens.shape[1]
     x = tower.token_embedding(tokens).to(tower.transformer.get_cast_dtype())

@@ -124,14 +124,16 @@ def _check_layers(layers: nn.ModuleList) -> None:
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
     """Values with keys ``0.weight``, ``0.bias``, ... and metadata."""
     content, header = read_tensors(path, "adapter", checkpoint=True)
+    values: object = content
     metadata: object = {key: _plain(value) for key, value in header.items()}
     prefix = PREFIX
     if "linear_layers" in content:
-        content = content["linear_layers"]
+        values = content["linear_layers"]
     elif "clip_ad" in content:
-        content, metadata, prefix = content.get("state_dict"), content["clip_ad"], CHECKPOINT_PREFIX
-    found = isinstance(content, Mapping) and isinstance(metadata, Mapping)
-    state = {k.removeprefix(prefix): v for k, v in content.items() if str(k).startswith(prefix)} if found else {}
+        values, metadata, prefix = content.get("state_dict"), content["clip_ad"], CHECKPOINT_PREFIX
+    if not isinstance(values, Mapping) or not isinstance(metadata, Mapping):
+        values, metadata = {}, {}
+    state = {str(key).removeprefix(prefix): value for key, value in values.items() if str(key).startswith(prefix)}
     names = {f"{tap}.{kind}" for tap in range(len(state) // 2) for kind in ("weight", "bias")}
     if not state or set(state) != names:
         msg = f"The file {path} is not an adapter: it has no linear layers {PREFIX}0, {PREFIX}1, ...; give {KINDS}."

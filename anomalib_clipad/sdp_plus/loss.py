@@ -2,6 +2,8 @@
 
 import torch
 
+from anomalib_clipad.errors import InputError
+
 SMOOTHING = 1e-5
 GAMMA = 2
 
@@ -19,10 +21,14 @@ def focal_loss(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor
     Returns:
         Scalar, mean over all pixels.
 
+    Raises:
+        InputError: If the tensors are of other shapes or types.
+
     Example:
         >>> focal_loss(torch.full((1, 2, 4, 4), 0.5), torch.zeros(1, 4, 4)).round(decimals=4)
         tensor(0.1733)
     """
+    _check("probabilities", probabilities, 4, masks)
     masks = masks.to(probabilities.dtype)
     target = torch.stack([1 - masks, masks], dim=1).clamp(SMOOTHING, 1 - SMOOTHING)
     true = (target * probabilities).sum(dim=1) + SMOOTHING
@@ -39,10 +45,27 @@ def dice_loss(anomalous: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     Returns:
         Scalar in [0, 1).
 
+    Raises:
+        InputError: If the tensors are of other shapes or types.
+
     Example:
         >>> dice_loss(torch.ones(1, 4, 4), torch.ones(1, 4, 4))
         tensor(0.)
     """
+    _check("anomalous", anomalous, 3, masks)
     anomalous, masks = anomalous.flatten(1), masks.flatten(1).to(anomalous.dtype)
     overlap = (2 * (anomalous * masks).sum(dim=1) + 1) / (anomalous.sum(dim=1) + masks.sum(dim=1) + 1)
     return 1 - overlap.mean()
+
+
+def _check(name: str, values: torch.Tensor, rank: int, masks: torch.Tensor) -> None:
+    """Values (B, 2, H, W) or (B, H, W) and masks (B, H, W) belong together."""
+    tensors = isinstance(values, torch.Tensor) and isinstance(masks, torch.Tensor)
+    if tensors and values.is_floating_point() and values.ndim == rank and masks.ndim == 3 and not masks.is_complex():
+        b, *size = masks.shape
+        if tuple(values.shape) == ((b, 2, *size) if rank == 4 else (b, *size)):
+            return
+    found = [tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__ for v in (values, masks)]
+    shape = "(B, 2, H, W)" if rank == 4 else "(B, H, W)"
+    msg = f"{name} must be floating-point {shape} and masks (B, H, W), got {found[0]} and {found[1]}."
+    raise InputError(msg)
