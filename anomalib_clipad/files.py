@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ABANDONED = 3600  # seconds without a change, after which a draft belongs to nobody
 LONGEST_NAME = 100  # characters; a file system takes 255 bytes, and endings are added
 
 
@@ -40,6 +43,34 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with replacing(path) as draft:
         draft.write_bytes(content)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove drafts, files or folders, that a process left which was interrupted by a signal or a power cut.
+
+    Args:
+        folder: Where they lie.
+        pattern: What their names are like.
+
+    Example:
+        >>> _ = Path(".table.1234.csv").write_text("a,")
+        >>> os.utime(".table.1234.csv", (0, 0))
+        >>> remove_abandoned(Path(), ".*.csv")
+        >>> Path(".table.1234.csv").exists()
+        False
+    """
+    for draft in folder.glob(pattern):
+        # Another process may write or remove it at this moment, on another machine too.
+        try:
+            inside = [draft, *draft.rglob("*")] if draft.is_dir() else [draft]
+            if time.time() - max(path.stat().st_mtime for path in inside) < ABANDONED:
+                continue
+            if draft.is_dir():
+                shutil.rmtree(draft)
+            else:
+                draft.unlink()
+        except OSError:
+            continue
 
 
 def slug(name: str) -> str:

@@ -1,15 +1,40 @@
 """Auxiliary data as batches with fields of their own, and taps that are computed once."""
 
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from anomalib.data import Folder, ImageBatch
 from lightning.fabric.utilities import move_data_to_device
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
 
+from anomalib_clipad import InputError
 from anomalib_clipad.components.dual_path import DualPathFeatures
 from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+
+from .conftest import write_category
+
+
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Have the system refuse to write more to a file, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def features(batch_size: int) -> DualPathFeatures:
@@ -65,3 +90,118 @@ def test_anomalibs_numpy_classes_take_our_batch() -> None:
 
 def test_items_take_every_field_of_a_batch() -> None:
     assert {field.name for field in fields(ZeroShotItem)} == {field.name for field in fields(ZeroShotBatch)}
+
+
+def compute(batch: ZeroShotBatch) -> tuple[DualPathFeatures, torch.Tensor]:
+    """Taps that say which image they are of."""
+    computed.extend(batch.image_path)
+    tokens = batch.image.mean(dim=(1, 2, 3)).reshape(-1, 1, 1)
+    return DualPathFeatures([tokens], [tokens + 1]), batch.gt_mask
+
+
+computed: list[str] = []
+
+
+def cached(category: Path, folder: Path | bool, key: str = "clip") -> AuxiliaryDataModule:
+    """The data with their taps; ``computed`` then holds the images whose taps were not there yet."""
+    computed.clear()
+    data = AuxiliaryDataModule(
+        widgets(category), num_workers=0, cache_features=folder if folder is True else str(folder)
+    )
+    data.setup()
+    data.cache(compute, key)
+    return data
+
+
+def masks(data: AuxiliaryDataModule) -> dict[str, torch.Tensor]:
+    return {item.image_path: item.gt_mask for part in (data.train_data, data.val_data) for item in iterate(part)}
+
+
+def iterate(data: Dataset) -> list[ZeroShotItem]:
+    return [data[position] for position in range(len(data))]
+
+
+@pytest.fixture
+def own_category(tmp_path: Path) -> Path:
+    return write_category(tmp_path / "widget")
+
+
+def test_a_changed_mask_is_seen(own_category: Path, tmp_path: Path) -> None:
+    before = masks(cached(own_category, tmp_path / "cache"))
+    assert len(computed) == 11
+    path = own_category / "ground_truth/square/002_mask.png"
+    stamp = path.stat()
+    pixels = np.asarray(Image.open(path))
+    Image.fromarray(255 - pixels).save(path)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    after = masks(cached(own_category, tmp_path / "cache"))
+    image = str(own_category / "test/square/002.png")
+    assert computed == [image]
+    assert torch.equal(after[image], ~before[image])
+
+
+def test_a_mask_replaced_by_another_file_is_seen(own_category: Path, tmp_path: Path) -> None:
+    cached(own_category, tmp_path / "cache")
+    shutil.move(own_category / "ground_truth/square/001_mask.png", tmp_path / "kept.png")
+    shutil.copy2(own_category / "ground_truth/square/000_mask.png", own_category / "ground_truth/square/001_mask.png")
+    cached(own_category, tmp_path / "cache")
+    assert computed == [str(own_category / "test/square/001.png")]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "of another program"])
+def test_a_damaged_cache_file_is_computed_again(own_category: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "cache"
+    before = masks(cached(own_category, folder))
+    file = sorted(folder.iterdir())[3]
+    whole = file.read_bytes()
+    if damage == "of another program":
+        save_file({"weight": torch.zeros(3)}, file)
+    else:
+        file.write_bytes({"truncated": whole[:-20], "empty": b"", "text": b"not safetensors"}[damage])
+    after = masks(cached(own_category, folder))
+    assert len(computed) == 1
+    assert file.read_bytes() == whole
+    assert all(torch.equal(after[path], mask) for path, mask in before.items())
+
+
+@pytest.mark.parametrize("age", [10, 7200])
+def test_drafts_of_an_interrupted_run_are_removed_when_they_are_old(
+    own_category: Path, tmp_path: Path, age: int
+) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    draft = folder / f".{'0' * 32}.12345.safetensors"
+    draft.write_bytes(b"half")
+    os.utime(draft, (time.time() - age,) * 2)
+    cached(own_category, folder)
+    assert draft.exists() == (age == 10), "a young draft may belong to another run"
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(own_category: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with limited_files(200), pytest.raises(InputError, match="could not be kept in .*make room there"):
+        cached(own_category, folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [True, "cache"])
+def test_an_unreadable_image_costs_only_itself(
+    own_category: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: bool | str
+) -> None:
+    (own_category / "test/good/001.png").write_bytes(b"gone")
+    data = cached(own_category, kept if kept is True else tmp_path / kept)
+    assert "001.png, which cannot be read" in caplog.text
+    seen = masks(data)
+    assert len(seen) == 10
+    batch = next(iter(data.train_dataloader()))
+    assert [data.train_data.data.path(i) for i in batch.index.tolist()] == batch.image_path
+
+
+def test_cached_images_are_brightened_as_others_are(own_category: Path) -> None:
+    """Pixels of 16 bits are not saturated on the way into the cache."""
+    path = own_category / "test/good/000.png"
+    shades = np.asarray(Image.open(path).convert("L"))
+    Image.fromarray(shades.astype(np.uint16) * 257).save(path)
+    data = cached(own_category, folder=True)
+    item = next(i for part in (data.train_data, data.val_data) for i in iterate(part) if i.image_path == str(path))
+    assert float(item.features.original[0]) == pytest.approx(shades.mean() / 255, abs=1e-5)

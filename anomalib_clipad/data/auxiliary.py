@@ -6,12 +6,12 @@ CLIP-AD (arXiv 2311.00453), section 4: train on the test split of VisA to test o
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.datasets import AnomalibDataset
 from anomalib.data.utils import LabelName, ValSplitMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -21,6 +21,7 @@ from torchvision.tv_tensors import Mask
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.data.datamodules import build_datamodule, categories_on_disk
 from anomalib_clipad.data.feature_cache import CachedFeatures
+from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,13 @@ class AuxiliaryDataset(Dataset):
 
     def __getitem__(self, index: int) -> ZeroShotItem:
         part, row = self.rows[index]
-        item = ZeroShotItem.of(self.parts[part][row])
+        read = self.parts[part][row]
+        if not isinstance(read, ImageItem) or read.image is None:
+            msg = f"{type(self.parts[part]).__name__} has no images; SDP+ is trained on images alone."
+            raise InputError(msg)
+        item = ZeroShotItem.of(read)
         if item.gt_mask is None:  # a normal image of a data set without masks
-            item.gt_mask = Mask(torch.zeros(item.image.shape[-2:], dtype=torch.uint8))
+            item.gt_mask = Mask(torch.zeros(read.image.shape[-2:], dtype=torch.uint8))
         item.class_index, item.index = part, index
         return item
 
@@ -70,8 +75,20 @@ class AuxiliaryDataset(Dataset):
 
     def path(self, index: int) -> str:
         """Path of an image."""
+        return str(self.files(index)[0])
+
+    def files(self, index: int) -> list[Path]:
+        """Path of an image, and of its mask where there is one."""
         part, row = self.rows[index]
-        return str(self.parts[part].samples.iloc[row].image_path)
+        sample = self.parts[part].samples.iloc[row]
+        return [Path(sample.image_path), *([Path(sample.mask_path)] if _has_mask(sample.mask_path) else [])]
+
+    def identity(self, index: int) -> str:
+        """Another text as soon as an image, its mask or its label is another one."""
+        part, row = self.rows[index]
+        label = int(self.parts[part].samples.iloc[row].label_index)
+        states = [(path, path.stat()) for path in self.files(index)]
+        return " ".join([str(label), *(f"{path.resolve()} {s.st_mtime_ns} {s.st_size}" for path, s in states)])
 
 
 class AuxiliaryDataModule(AnomalibDataModule):
@@ -102,6 +119,11 @@ class AuxiliaryDataModule(AnomalibDataModule):
         (['widget'], 7, 4)
     """
 
+    # An AuxiliaryDataset or CachedFeatures; anomalib's class knows data sets of one category only.
+    train_data: Any
+    val_data: Any
+    test_data: Any
+
     def __init__(
         self,
         datamodules: list[AnomalibDataModule] | AnomalibDataModule | list[dict[str, Any]],
@@ -126,11 +148,9 @@ class AuxiliaryDataModule(AnomalibDataModule):
         self.categories = categories
         self.cache_features = cache_features
         self.class_names: list[str] = []
-        self.train_data: AuxiliaryDataset | CachedFeatures
-        self.val_data: AuxiliaryDataset | CachedFeatures
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # anomalib's is not a property
         """Names of the data sets."""
         return "+".join(datamodule.name for datamodule in self.datamodules)
 
@@ -197,7 +217,9 @@ class AuxiliaryDataModule(AnomalibDataModule):
         """Shuffled anew each epoch, in an order of seed and epoch alone, so that training can be resumed."""
         trainer = self.trainer
         replicas, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        sampler = DistributedSampler(self.train_data, num_replicas=replicas, rank=rank, seed=self.seed or 0)
+        sampler: DistributedSampler = DistributedSampler(
+            self.train_data, num_replicas=replicas, rank=rank, seed=self.seed or 0
+        )
         return self._loader(self.train_data, self.train_batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -208,7 +230,9 @@ class AuxiliaryDataModule(AnomalibDataModule):
         """The held-out part."""
         return self._loader(self.test_data, self.eval_batch_size)
 
-    def _loader(self, data: Dataset, batch_size: int, sampler: DistributedSampler | None = None) -> DataLoader:
+    def _loader(
+        self, data: AuxiliaryDataset | CachedFeatures, batch_size: int, sampler: Iterable[int] | None = None
+    ) -> DataLoader:
         return DataLoader(
             data, batch_size=batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=data.collate_fn
         )
@@ -225,8 +249,11 @@ class AuxiliaryDataModule(AnomalibDataModule):
         folder = None if self.cache_features is True else Path(self.cache_features)
         for name in ("train_data", "val_data"):
             data = getattr(self, name)
-            loader = self._loader(data, self.eval_batch_size)
-            setattr(self, name, CachedFeatures(data, loader, compute, key, folder))
+
+            def load(indices: Sequence[int], data: AuxiliaryDataset = data) -> ReadableDataLoader:
+                return ReadableDataLoader(self._loader(data, self.eval_batch_size, sampler=indices))
+
+            setattr(self, name, CachedFeatures(data, load, compute, key, folder))
         self.test_data = self.val_data
 
 

@@ -1,80 +1,119 @@
 """Taps of a frozen CLIP, computed once and read in every later epoch."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import track
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.tv_tensors import Image, Mask
 
 from anomalib_clipad.components.dual_path import DualPathFeatures
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.errors import InputError
+from anomalib_clipad.files import remove_abandoned, replacing
+
+if TYPE_CHECKING:
+    from anomalib_clipad.data.auxiliary import AuxiliaryDataset
 
 Entry = dict[str, torch.Tensor]
+NAMES = {"mask", "label", *(f"{name}.0" for name in DualPathFeatures._fields)}
 
 
 class CachedFeatures(Dataset):
     """A data set whose images are replaced by their taps, kept in memory or in a folder.
 
+    Images that cannot be read are left out. In a folder, a file that is incomplete is computed again.
+
     Args:
-        data: The data set; :class:`anomalib_clipad.data.AuxiliaryDataset`.
-        loader: Goes through it in order.
+        data: The data set.
+        load: Gives the batches of some of its images, by their numbers.
         compute: Taps and resized masks of a batch.
         key: Names the CLIP and its input.
         folder: Where the taps are kept; ``None`` for memory.
+
+    Raises:
+        InputError: If the folder cannot be written to, or no image can be read.
     """
 
     def __init__(
         self,
-        data: Any,  # noqa: ANN401 - imported by the module that defines it
-        loader: DataLoader,
+        data: "AuxiliaryDataset",
+        load: Callable[[Sequence[int]], Iterable[Any]],
         compute: Callable[[ZeroShotBatch], tuple[DualPathFeatures, torch.Tensor]],
         key: str,
         folder: Path | None,
     ) -> None:
         self.data, self.key, self.folder = data, key, folder
         self.entries: dict[int, Entry] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        missing = [index for index in range(len(data)) if folder is None or not self._file(index).is_file()]
-        if missing:
-            for index, entry in self._compute(loader, compute):
-                self._keep(index, entry)
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(folder, ".*.safetensors")
+            missing = [index for index in range(len(data)) if not self._is_kept(index)]
+            if missing:
+                for index, entry in self._compute(load(missing), compute):
+                    self._keep(index, entry)
+        except (OSError, SafetensorError) as error:
+            if folder is None:
+                raise
+            msg = (
+                f"The features could not be kept in {folder} ({error}); make room there, or give cache_features "
+                "another folder."
+            )
+            raise InputError(msg) from error
+        unread = {index for index in missing if not self._is_kept(index)}
+        self.indices = [index for index in range(len(data)) if index not in unread]
+        if not self.indices:
+            msg = "None of the images could be read; see the warnings above."
+            raise InputError(msg)
 
-    def _compute(self, loader: DataLoader, compute: Callable) -> Iterator[tuple[int, Entry]]:
-        for batch in track(loader, description="Computing features"):
+    @staticmethod
+    def _compute(
+        batches: Iterable[ZeroShotBatch], compute: Callable[[ZeroShotBatch], tuple[DualPathFeatures, torch.Tensor]]
+    ) -> Iterator[tuple[int, Entry]]:
+        for batch in track(batches, description="Computing features"):
             features, masks = compute(batch)
-            for row, index in enumerate(batch.index.tolist()):
-                entry = {"mask": masks[row].to(torch.uint8)}
+            for row, (index, label) in enumerate(zip(*_numbered(batch), strict=True)):
+                entry = {"mask": masks[row].to(torch.uint8), "label": label.int()}
                 for name, taps in features._asdict().items():
                     entry |= {f"{name}.{tap}": tokens[row].clone() for tap, tokens in enumerate(taps)}
-                entry["label"] = batch.gt_label[row].int()
-                yield index, entry
+                yield int(index), entry
 
     def _keep(self, index: int, entry: Entry) -> None:
         if self.folder is None:
             self.entries[index] = entry
             return
-        file = self._file(index)
-        partial = file.with_suffix(f".{os.getpid()}")
-        save_file({name: tensor.contiguous() for name, tensor in entry.items()}, partial)
-        partial.replace(file)
+        with replacing(self._file(self.folder, index)) as draft:
+            save_file({name: tensor.contiguous() for name, tensor in entry.items()}, draft)
 
-    def _file(self, index: int) -> Path:
-        path = Path(self.data.path(index))
-        name = f"{self.key} {path.resolve()} {path.stat().st_mtime_ns}"
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+    def _is_kept(self, index: int) -> bool:
+        if self.folder is None:
+            return index in self.entries
+        try:  # reads the header, which says how long the file must be
+            with safe_open(self._file(self.folder, index), "pt") as file:
+                return set(file.keys()) >= NAMES
+        except (OSError, SafetensorError):
+            return False
+
+    def _file(self, folder: Path, index: int) -> Path:
+        name = f"{self.key} {self.data.identity(index)}"
+        return folder / f"{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:32]}.safetensors"
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> ZeroShotItem:
-        entry = self.entries[index] if self.folder is None else load_file(self._file(index))
+    def path(self, position: int) -> str:
+        """Path of an image."""
+        return self.data.path(self.indices[position])
+
+    def __getitem__(self, position: int) -> ZeroShotItem:
+        index = self.indices[position]
+        entry = self.entries[index] if self.folder is None else load_file(self._file(self.folder, index))
         taps = len([name for name in entry if name.startswith("original")])
         return ZeroShotItem(
             image=Image(torch.zeros(3, 1, 1)),  # the taps take its place
@@ -89,3 +128,10 @@ class CachedFeatures(Dataset):
         )
 
     collate_fn = staticmethod(ZeroShotBatch.collate)
+
+
+def _numbered(batch: ZeroShotBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    if batch.index is None or batch.gt_label is None:
+        msg = "Features are cached of labelled images that know their number."
+        raise TypeError(msg)
+    return batch.index, batch.gt_label
