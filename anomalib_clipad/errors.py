@@ -1,6 +1,7 @@
 """The one kind of error that a user can correct."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,8 +34,20 @@ def input_error_behind(error: BaseException | None) -> InputError | None:
             return current
         if current is not None and id(current) not in seen:
             seen.add(id(current))
-            waiting += [current.__context__, current.__cause__]
+            waiting += [current.__context__, current.__cause__, *_errors_of_union(current)]
     return None
+
+
+def _errors_of_union(error: BaseException) -> Iterator[BaseException]:
+    """The errors of every member of a union type, of which jsonargparse chains the first only.
+
+    The others stay in a list of the frame that raised.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith("jsonargparse."):
+            for value in frame.f_locals.values():
+                if isinstance(value, list):
+                    yield from (entry for entry in value if isinstance(entry, BaseException))
 
 
 @contextmanager

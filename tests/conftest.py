@@ -2,19 +2,34 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from anomalib.cli import cli
+from anomalib.data import Folder
 from anomalib.engine import Engine
 from PIL import Image
 from safetensors.torch import save_file
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.sdp_plus import save_adapter
 
+ROOT = Path(__file__).parents[1]
+ANOMALIB = Path(sys.executable).with_name("anomalib")
+LAYOUT = {
+    "normal_dir": "train/good",
+    "normal_test_dir": "test/good",
+    "abnormal_dir": "test/square",
+    "mask_dir": "ground_truth/square",
+}
 SMALL_CONFIG = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8},
@@ -128,10 +143,88 @@ def write_category(root: Path, normal: int = 5, broken: int = 6, size: int = 48)
     return root
 
 
+def folder(root: Path, name: str = "widget", **arguments: object) -> Folder:
+    """The data module of a category that ``write_category`` wrote; all its test images are validation images too."""
+    return Folder(name, root=root, **{"num_workers": 0, "val_split_mode": "same_as_test", **LAYOUT, **arguments})
+
+
+def run_command(*command: object, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program in a process of its own that imports this checkout; warnings are left out, tables are wide."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def anomalib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., subprocess.CompletedProcess]:
+    """Run the ``anomalib`` command in this process, which spares its imports; results are under ``tmp_path``."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["anomalib", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def category(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small MVTec-layout category with masks; not to be written to."""
     return write_category(tmp_path_factory.mktemp("data") / "widget")
+
+
+def part(root: Path, name: str, **arguments: object) -> Folder:
+    """A category to train on: what SDP+ learns from is the test split."""
+    return folder(root / name, name, **{"normal_dir": "test/good", "val_split_mode": "from_test", **arguments})
+
+
+def auxiliary(root: Path, **arguments: object) -> AuxiliaryDataModule:
+    """The two categories of ``auxiliary_root``, in small batches."""
+    defaults = {"num_workers": 0, "val_split_ratio": 0.25, "train_batch_size": 4, "eval_batch_size": 4}
+    return AuxiliaryDataModule([part(root, name) for name in ("gear", "plate")], **{**defaults, **arguments})
+
+
+def fitted(
+    small_clip: str, root: Path, where: Path, epochs: int = 2, **arguments: object
+) -> tuple[ClipAdSdpPlus, Engine]:
+    """SDP+ after some epochs on ``auxiliary_root``, always the same."""
+    torch.manual_seed(0)
+    model, engine = ClipAdSdpPlus(backbone=small_clip, lr=1e-2, visualizer=False), new_engine(where, max_epochs=epochs)
+    engine.fit(model, datamodule=auxiliary(root, **arguments))
+    return model, engine
+
+
+def state(model: ClipAdSdpPlus) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.model.adapter.state_dict().items()}
+
+
+def weights(engine: Engine, name: str) -> Path:
+    return Path(engine.trainer.default_root_dir) / "weights/lightning" / name
+
+
+@pytest.fixture(scope="session")
+def auxiliary_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two categories in MVTec layout, with masks; not to be written to."""
+    root = tmp_path_factory.mktemp("auxiliary")
+    for name in ("gear", "plate"):
+        write_category(root / name, normal=6, broken=8)
+    return root
 
 
 @pytest.fixture

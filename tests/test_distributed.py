@@ -44,6 +44,7 @@ def judge(small_clip: Path, category: Path, out: Path, devices: int) -> None:
     torch.save({"figures": figures, "scores": scores}, out / f"rank{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_and_pictures_of_one(small_clip: str, category: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()

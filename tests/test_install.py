@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 SHORT_NAME = "from anomalib.models import list_models, get_model; assert 'clip_ad_sdp' in list_models(); {}"
 WITHOUT = (

@@ -1,0 +1,253 @@
+"""SDP+ trained as a user does it: what it learns, resumes, caches and refuses."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.engine import Engine
+from PIL import Image
+
+from anomalib_clipad import ClipAdSdpPlus, InputError
+from anomalib_clipad.data import AuxiliaryDataModule
+from anomalib_clipad.sdp_plus import save_adapter
+
+from .conftest import (
+    ROOT,
+    auxiliary,
+    fitted,
+    folder,
+    new_engine,
+    part,
+    run_command,
+    save_clip,
+    state,
+    weights,
+    write_category,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    small_clip: str, auxiliary_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ClipAdSdpPlus, Engine]:
+    """SDP+ after one epoch, and the engine that trained it."""
+    return fitted(small_clip, auxiliary_root, tmp_path_factory.mktemp("trained"), epochs=1)
+
+
+@pytest.mark.slow
+def test_training_learns_what_a_defect_is(
+    small_clip: str, auxiliary_root: Path, category: Path, tmp_path: Path
+) -> None:
+    untrained = tmp_path / "untrained.safetensors"
+    torch.manual_seed(0)
+    model = ClipAdSdpPlus(backbone=small_clip, visualizer=False)
+    save_adapter(model.model.adapter, untrained)
+    before = new_engine(tmp_path).test(
+        ClipAdSdpPlus(untrained, backbone=small_clip, visualizer=False),
+        datamodule=folder(category),
+    )[0]
+    model, _ = fitted(small_clip, auxiliary_root, tmp_path / "fit", epochs=6)
+    after = new_engine(tmp_path / "test").test(model, datamodule=folder(category))[0]
+    assert after["pixel_AP"] > 2 * before["pixel_AP"]
+    assert model.model.class_names == ("widget",)
+
+
+def test_only_the_linear_layers_are_trained(small_clip: str, trained: tuple[ClipAdSdpPlus, Engine]) -> None:
+    clip = ClipAdSdpPlus(backbone=small_clip, visualizer=False).model.visual.state_dict()
+    model, engine = trained
+    assert all(torch.equal(value, clip[key]) for key, value in model.model.visual.state_dict().items())
+    assert not model.model.visual.training
+    assert {"train_loss", "train_focal", "train_dice", "pixel_AP"} <= set(engine.trainer.callback_metrics)
+
+
+@pytest.mark.slow
+def test_best_checkpoint_is_small_and_the_last_can_be_resumed(
+    small_clip: str, auxiliary_root: Path, tmp_path: Path
+) -> None:
+    whole, _ = fitted(small_clip, auxiliary_root, tmp_path / "whole", epochs=3)
+    _, engine = fitted(small_clip, auxiliary_root, tmp_path / "part", epochs=1)
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002 - another global state than before the interruption
+    resumed = ClipAdSdpPlus(backbone=small_clip, lr=1e-2, visualizer=False)
+    second = new_engine(tmp_path / "rest", max_epochs=3)
+    second.fit(resumed, datamodule=auxiliary(auxiliary_root), ckpt_path=weights(engine, "last.ckpt"))
+    for key, value in state(whole).items():
+        torch.testing.assert_close(state(resumed)[key], value, atol=1e-6, rtol=0)
+    best = torch.load(weights(engine, "model.ckpt"), weights_only=True)
+    assert "optimizer_states" not in best
+    assert not any("visual" in key for key in best["state_dict"])
+
+
+@pytest.mark.parametrize("kept", ["memory", "folder"])
+def test_cached_features_change_nothing(small_clip: str, auxiliary_root: Path, tmp_path: Path, kept: str) -> None:
+    plain, plain_engine = fitted(small_clip, auxiliary_root, tmp_path / "a")
+    cache = True if kept == "memory" else str(tmp_path / "cache")
+    cached, engine = fitted(small_clip, auxiliary_root, tmp_path / "b", cache_features=cache)
+    for key, value in state(plain).items():
+        torch.testing.assert_close(state(cached)[key], value, atol=1e-6, rtol=0)
+    for key, value in plain_engine.trainer.callback_metrics.items():
+        torch.testing.assert_close(engine.trainer.callback_metrics[key], value, atol=1e-6, rtol=1e-6)
+    if kept == "folder":
+        count = len(list(Path(cache).iterdir()))
+        assert count == 2 * (6 + 8)
+        fitted(small_clip, auxiliary_root, tmp_path / "c", epochs=1, cache_features=cache)
+        assert len(list(Path(cache).iterdir())) == count
+        other = str(save_clip(tmp_path / "other", seed=9))
+        fitted(other, auxiliary_root, tmp_path / "d", epochs=1, cache_features=cache)
+        assert len(list(Path(cache).iterdir())) == 2 * count, "another CLIP must not be served these features"
+
+
+def test_bf16_mixed_trains_and_tests(small_clip: str, auxiliary_root: Path, category: Path, tmp_path: Path) -> None:
+    model = ClipAdSdpPlus(backbone=small_clip, visualizer=False)
+    engine = new_engine(tmp_path, max_epochs=1, precision="bf16-mixed")
+    engine.fit(model, datamodule=auxiliary(auxiliary_root))
+    assert engine.trainer.callback_metrics["train_loss"].isfinite()
+    data = folder(category)
+    figures = new_engine(tmp_path / "t", precision="bf16-mixed").test(model, datamodule=data)[0]
+    expected = new_engine(tmp_path / "f").test(model, datamodule=data)[0]
+    assert figures == pytest.approx(expected, abs=0.05)  # one exchange of two images is worth 1 / 30
+
+
+DDP = """
+import sys, torch
+from pathlib import Path
+from anomalib.engine import Engine
+from anomalib_clipad import ClipAdSdpPlus
+from tests.conftest import auxiliary
+if __name__ == "__main__":
+    clip, root, out, devices = sys.argv[1:]
+    torch.manual_seed(0)
+    model = ClipAdSdpPlus(backbone=clip, lr=1e-2, visualizer=False)
+    engine = Engine(default_root_dir=out, logger=False, enable_progress_bar=False, accelerator="cpu", max_epochs=2,
+                    devices=int(devices), strategy="ddp" if int(devices) > 1 else "auto", num_sanity_val_steps=0)
+    engine.fit(model, datamodule=auxiliary(Path(root), train_batch_size=4 // int(devices)))
+    if engine.trainer.is_global_zero:
+        keep = {k: v.clone() for k, v in engine.trainer.callback_metrics.items() if k.startswith("train")}
+        torch.save({"losses": keep, "adapter": model.model.adapter.state_dict()}, out + "/result.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    results = []
+    for devices in (1, 2):
+        out = tmp_path / str(devices)
+        out.mkdir()
+        done = run_command(sys.executable, script, small_clip, auxiliary_root, out, devices, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(out / "result.pt", weights_only=True))
+    one, two = results
+    for key, value in one["losses"].items():
+        if key.endswith("epoch"):
+            torch.testing.assert_close(two["losses"][key], value, atol=1e-5, rtol=1e-5, msg=key)
+    for key, value in one["adapter"].items():
+        torch.testing.assert_close(two["adapter"][key], value, atol=1e-5, rtol=0, msg=key)
+
+
+def test_untrained_layers_refuse_to_predict_and_test(
+    small_clip: str, category: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no trained layers yet; give adapter a file, or train it"):
+        new_engine(tmp_path).predict(ClipAdSdpPlus(backbone=small_clip, visualizer=False), data_path=image_folder)
+    data = folder(category)
+    with pytest.raises(InputError, match="no trained layers yet"):
+        new_engine(tmp_path).test(ClipAdSdpPlus(backbone=small_clip, visualizer=False), datamodule=data)
+    with pytest.raises(InputError, match="no trained layers yet"):
+        ClipAdSdpPlus(backbone=small_clip, visualizer=False).save_adapter(tmp_path / "a.safetensors")
+
+
+def test_other_data_than_auxiliary_are_refused_for_training(small_clip: str, category: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="trained on an AuxiliaryDataModule, got Folder"):
+        new_engine(tmp_path).fit(ClipAdSdpPlus(backbone=small_clip, visualizer=False), datamodule=folder(category))
+
+
+def test_a_trained_checkpoint_scores_the_class_at_hand(
+    small_clip: str, trained: tuple[ClipAdSdpPlus, Engine], category: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    model, engine = trained
+    data = folder(category)
+    expected = new_engine(tmp_path / "a").test(model, datamodule=data)[0]
+    model.save_adapter(tmp_path / "ours.safetensors")
+    for arguments in ({"adapter": str(weights(engine, "model.ckpt"))}, {"adapter": str(tmp_path / "ours.safetensors")}):
+        other = ClipAdSdpPlus(**arguments, backbone=small_clip, visualizer=False)
+        assert new_engine(tmp_path / "b").test(other, datamodule=data)[0] == pytest.approx(expected, abs=1e-6)
+    restored = ClipAdSdpPlus(backbone=small_clip, visualizer=False)
+    ours = new_engine(tmp_path / "c").test(restored, datamodule=data, ckpt_path=weights(engine, "model.ckpt"))[0]
+    assert restored.model.class_names == ("widget",)
+    assert ours == pytest.approx(expected, abs=1e-6)
+    batch = new_engine(tmp_path / "d").predict(other, data_path=image_folder)[0]
+    assert 0 <= batch.pred_score.item() <= 1
+
+
+def test_testing_on_what_was_trained_on_warns(
+    category: Path,
+    auxiliary_root: Path,
+    trained: tuple[ClipAdSdpPlus, Engine],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, _ = trained
+    new_engine(tmp_path).test(model, datamodule=folder(category))
+    assert "not a zero-shot result" not in caplog.text
+    new_engine(tmp_path).test(model, datamodule=part(auxiliary_root, "gear", num_workers=0))
+    assert "trained on gear: what they score there is not a zero-shot result" in caplog.text
+
+
+def test_held_out_images_are_of_every_category_and_label(auxiliary_root: Path) -> None:
+    data = auxiliary(auxiliary_root)
+    data.setup()
+    groups = {name: set() for name in ("train", "val")}
+    for name in groups:
+        part_ = getattr(data, f"{name}_data")
+        groups[name] = {part_.path(i) for i in range(len(part_))}
+        labels = {(item.class_index, int(item.gt_label)) for item in (part_[i] for i in range(len(part_)))}
+        assert labels == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert not groups["train"] & groups["val"]
+    assert len(groups["train"] | groups["val"]) == 2 * (6 + 8)
+    again = auxiliary(auxiliary_root)
+    again.setup()
+    assert [again.val_data.path(i) for i in range(len(again.val_data))] == [
+        data.val_data.path(i) for i in range(len(data.val_data))
+    ]
+
+
+def test_each_image_is_scored_with_its_own_category(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(ClipAdSdpPlus):
+        def training_step(self, batch: object, *args: object, **kwargs: object) -> object:
+            seen.extend(zip(batch.image_path, batch.class_index.tolist(), strict=True))
+            return super().training_step(batch, *args, **kwargs)
+
+    new_engine(tmp_path, max_epochs=1).fit(Watching(backbone=small_clip), datamodule=auxiliary(auxiliary_root))
+    assert seen
+    assert all((f"/{('gear', 'plate')[index]}/") in path for path, index in seen)
+
+
+def test_images_without_masks_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_category(tmp_path / "gear")
+    write_category(tmp_path / "plate")
+    data = AuxiliaryDataModule([part(tmp_path, "gear"), part(tmp_path, "plate", mask_dir=None)], num_workers=0)
+    data.setup()
+    assert "plate: 6 anomalous images without a mask are left out" in caplog.text
+    assert "plate has no anomalous image with a mask" in caplog.text
+    assert len(data.train_data) + len(data.val_data) == 5 + 6 + 5
+    data = AuxiliaryDataModule(part(tmp_path, "plate", mask_dir=None))
+    with pytest.raises(InputError, match="None of plate has an anomalous image with a mask"):
+        data.setup()
+
+
+def test_a_mask_of_another_size_is_fitted_to_its_image(small_clip: str, tmp_path: Path) -> None:
+    root = write_category(tmp_path / "gear")
+    for path in (root / "ground_truth/square").iterdir():
+        Image.open(path).resize((20, 20), Image.Resampling.NEAREST).save(path)
+    engine = new_engine(tmp_path, max_epochs=1)
+    engine.fit(
+        ClipAdSdpPlus(backbone=small_clip, visualizer=False),
+        datamodule=AuxiliaryDataModule(part(tmp_path, "gear"), num_workers=0),
+    )
+    assert engine.trainer.callback_metrics["train_loss"].isfinite()
