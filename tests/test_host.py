@@ -8,6 +8,7 @@ import inspect
 
 import pytest
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Trainer
 
 PARTS = [
     # Where the models and the commands are registered, see plugin.py.
@@ -23,7 +24,8 @@ PARTS = [
     "anomalib.models.components.base.export_mixin:ExportMixin._post_training_quantization_ov",
     # Several processes.
     "lightning.pytorch.strategies:Strategy.process_dataloader",
-    "lightning.pytorch.strategies:Strategy.load_checkpoint",
+    "lightning.pytorch.strategies:Strategy.checkpoint_io",
+    "anomalib.engine.plugins.checkpoint_io:AnomalibCheckpointIO",
     "lightning.pytorch.overrides.distributed:UnrepeatedDistributedSampler",
     # How open_clip names, finds and renames weights.
     "open_clip.model:convert_to_custom_text_state_dict",
@@ -54,6 +56,16 @@ def test_a_part_of_the_host_is_where_it_was(part: str) -> None:
 )
 def test_the_post_processor_has_its_metrics(name: str) -> None:
     assert hasattr(PostProcessor(), name), f"PostProcessor.{name} is gone"
+
+
+def test_the_trainer_has_what_a_run_is_cleaned_of() -> None:
+    """``engine/host.py`` looks the data module up there, and empties what was logged."""
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        assert hasattr(loop, "_data_source"), f"{type(loop).__name__}._data_source is gone"
+    for loop in (trainer.validate_loop, trainer.test_loop):
+        assert isinstance(loop._results, dict), f"{type(loop).__name__}._results is gone"
+    assert isinstance(trainer.callbacks, list)
 
 
 def test_the_errors_of_a_union_are_in_a_list_of_the_parser() -> None:
