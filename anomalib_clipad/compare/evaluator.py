@@ -74,7 +74,8 @@ class CompareEvaluator(Evaluator):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the examples among images without labels."""
         del pl_module
-        dataset: Any = getattr(trainer.predict_dataloaders, "dataset")  # noqa: B009 - of no declared type
+        loaders: Any = trainer.predict_dataloaders
+        dataset = (loaders[0] if isinstance(loaders, list) else loaders).dataset
         self.all_paths = [str(path) for path in dataset.image_filenames]
         self.chosen = set(choose_examples(self.all_paths, [None] * len(self.all_paths)))
 

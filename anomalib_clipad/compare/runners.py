@@ -1,5 +1,6 @@
 """anomalib's runners with a bar that says what is at work and how long it will take."""
 
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -71,6 +72,8 @@ class ParallelCompareRunner(ParallelRunner):
 
     def _await_cleanup_processes(self, blocking: bool = False) -> None:
         before = len(self.results)
+        # anomalib asks again and again without a pause, which takes a core from the jobs.
+        wait([one for one in self.processes.values() if one is not None], timeout=1, return_when=FIRST_COMPLETED)
         super()._await_cleanup_processes(blocking)
         for row in self.results[before:]:
             _tell(self._bar, row)
