@@ -150,7 +150,7 @@ def test_vectors_are_unit_length_and_keep_the_dtype(method: str) -> None:
         ({"embeddings": torch.empty(0, 2)}, r"got shape \(0, 2\)"),
     ],
 )
-def test_wrong_use_is_told_in_a_sentence(arguments: dict, words: str) -> None:
+def test_wrong_use_is_refused_in_a_sentence(arguments: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         select_representative_vector(**{"embeddings": clouds(), **arguments})
 
@@ -180,13 +180,13 @@ def test_states_alone_keep_the_industrial_templates() -> None:
         ({"normal_states": ["good"]}, "exactly one {}, got 'good'"),
     ],
 )
-def test_wrong_prompts_are_told_in_a_sentence(config: object, words: str) -> None:
+def test_wrong_prompts_are_refused_in_a_sentence(config: object, words: str) -> None:
     with pytest.raises(InputError, match=words):
         PromptEnsemble.from_config(config)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "templates: [unclosed"])
-def test_a_broken_prompt_file_is_told_in_a_sentence(tmp_path: Path, text: str) -> None:
+def test_a_broken_prompt_file_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(InputError, match=r"p\.yaml"):
         PromptEnsemble.from_config(tmp_path / "p.yaml")
