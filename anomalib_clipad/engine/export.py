@@ -12,12 +12,15 @@ from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.files import remove_abandoned
 
 if TYPE_CHECKING:
     from openvino import Model
 
 OPSET = 18  # the oldest that torch's exporter writes itself; anomalib's 14 is tried, fails loudly and is given up
 ONNX_PACKAGES = ("onnx", "onnxscript")
+LARGEST_ONNX = 2_000_000_000  # bytes of weights in one file; the graph needs some of the 2 GiB that it may have
+DRAFT = ".export-"
 ROOM = 1 << 20  # bytes free on a disk that is not the reason why a file could not be written
 WRITERS = ("inline_container", "iostream error")  # how torch and OpenVINO word that they could not write
 
@@ -63,7 +66,8 @@ class WholeExportMixin(ExportMixin):
         """Write an ONNX file: images in [0, 1] in; pred_score, pred_label, anomaly_map, pred_mask out.
 
         Args:
-            export_root: Folder for ``weights/onnx/model.onnx`` and its weights, ``model.onnx.data``.
+            export_root: Folder for ``weights/onnx/model.onnx``, one file. A model of 2 GB or more has its weights
+                beside it, in ``model.onnx.data``, because ONNX has no larger files; it needs both.
             model_file_name: Another name than model.
             input_size: Height and width of the images, where all have the same. By default any: they are resized as
                 the engine does it, within the model. The number of images is free in either case.
@@ -79,6 +83,8 @@ class WholeExportMixin(ExportMixin):
         self.prepare_export()
         kwargs.setdefault("opset_version", OPSET)
         kwargs.setdefault("verbose", False)
+        size = sum(value.numel() * value.element_size() for value in self.model.visual.state_dict().values())
+        kwargs.setdefault("external_data", size >= LARGEST_ONNX)
         export = super().to_onnx
         return _write(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
 
@@ -145,7 +151,8 @@ def _write(export_root: Path | str, export: Callable[[Path], Path]) -> Path:
     draft: Path | None = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root, prefix=".export-") as name:
+        remove_abandoned(root, f"{DRAFT}*")
+        with TemporaryDirectory(dir=root, prefix=DRAFT) as name:
             draft = Path(name)
             written = export(draft)
             place = root / written.parent.relative_to(draft)
