@@ -372,3 +372,20 @@ def test_drafts_of_an_interrupted_export_are_removed_when_they_are_old(
         os.utime(path, (time.time() - age,) * 2)
     ClipAdSdp("cup", small_clip).to_torch(tmp_path)
     assert draft.exists() == (age == 10), "a young draft may belong to another export"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        *(({"export_root": value}, "export_root must be") for value in (None, 3, ["a"], float("nan"))),
+        *(({"model_file_name": value}, "model_file_name must be") for value in (None, 3, "", "a/b", ["a"])),
+        *(({"input_size": value}, "input_size must be") for value in (3, "32", [32], (0, 32), (32.0, 32), (True, 2))),
+        *(({"compression_type": value}, "compression_type must be") for value in (3, "int9", ["int8"])),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(
+    small_clip: str, tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        ClipAdSdp("cup", small_clip).to_openvino(**{"export_root": tmp_path / "out", **arguments})
+    assert not (tmp_path / "out").exists()

@@ -299,7 +299,7 @@ def _photograph(name: str) -> Callable[[Canvas], Relief]:
         whole = Image.fromarray(getattr(skimage.data, name)())
         side = round(min(whole.size) / 2 / max(c.style.scale, 1.0))
         left, top = c.rng.integers(0, min(whole.size) - side, 2)
-        turned = whole.crop((left, top, left + side, top + side)).transpose(Image.Transpose(c.rng.integers(0, 5)))
+        turned = whole.crop((left, top, left + side, top + side)).transpose(Image.Transpose(int(c.rng.integers(0, 5))))
         grey = np.asarray(turned.resize((c.size,) * 2, Image.Resampling.BICUBIC), dtype=np.float32) / 255
         low, high = np.percentile(grey, [1, 99])
         return np.clip((grey - low) / (high - low), 0, 1), None

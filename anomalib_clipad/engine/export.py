@@ -49,6 +49,7 @@ class WholeExportMixin(ExportMixin):
         Raises:
             InputError: If the model is untrained, or the file cannot be written.
         """
+        _check_arguments(export_root, model_file_name)
         self.prepare_export()
         encoder, self.model.text_encoder = self.model.text_encoder, None  # the text tower has done its work
         try:
@@ -79,6 +80,7 @@ class WholeExportMixin(ExportMixin):
         Raises:
             InputError: If the model is untrained, a package is missing, or the file cannot be written.
         """
+        _check_arguments(export_root, model_file_name, input_size)
         _check_packages("onnx", *ONNX_PACKAGES)
         self.prepare_export()
         kwargs.setdefault("opset_version", OPSET)
@@ -115,6 +117,11 @@ class WholeExportMixin(ExportMixin):
             InputError: If the model is untrained, a package is missing, the files cannot be written, or INT8_ACQ is
                 asked for.
         """
+        _check_arguments(export_root, model_file_name, input_size)
+        if compression_type is not None and compression_type not in list(CompressionType):
+            names = ", ".join(kind.name for kind in CompressionType if kind != CompressionType.INT8_ACQ)
+            msg = f"compression_type must be one of {names}, got {compression_type!r}."
+            raise InputError(msg)
         if compression_type == CompressionType.INT8_ACQ:
             msg = "INT8_ACQ is not offered: NNCF fails as soon as it has to restore a part of this model; use INT8_PTQ."
             raise InputError(msg)
@@ -136,6 +143,22 @@ class WholeExportMixin(ExportMixin):
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
         return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER)
+
+
+def _check_arguments(export_root: object, model_file_name: object, input_size: object = None) -> None:
+    if not isinstance(export_root, str | Path):
+        msg = f"export_root must be the path of a folder, got {export_root!r}."
+        raise InputError(msg)
+    if not isinstance(model_file_name, str) or not model_file_name or Path(model_file_name).name != model_file_name:
+        msg = f"model_file_name must be a name without folders, got {model_file_name!r}."
+        raise InputError(msg)
+    if input_size is not None and not (
+        isinstance(input_size, list | tuple)
+        and len(input_size) == 2
+        and all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in input_size)
+    ):
+        msg = f"input_size must be height and width in pixels, got {input_size!r}."
+        raise InputError(msg)
 
 
 def _check_packages(kind: str, *packages: str) -> None:
