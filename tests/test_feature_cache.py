@@ -3,6 +3,8 @@
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from torch.utils.data import Dataset
 
 from anomalib_clipad import InputError
 from anomalib_clipad.components.dual_path import DualPathFeatures
-from anomalib_clipad.data import AuxiliaryDataModule
+from anomalib_clipad.data import AuxiliaryDataModule, DemoTextures
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 
 from .conftest import write_category
@@ -205,3 +207,42 @@ def test_cached_images_are_brightened_as_others_are(own_category: Path) -> None:
     data = cached(own_category, folder=True)
     item = next(i for part in (data.train_data, data.val_data) for i in iterate(part) if i.image_path == str(path))
     assert float(item.features.original[0]) == pytest.approx(shades.mean() / 255, abs=1e-5)
+
+
+WRONG = [None, 3, "text", ["text"], float("nan"), {}]
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("datamodules", [*WRONG, [], [None], [{"class_path": 3}], {"class_path": "a.B", "init_args": 3}]),
+        ("datamodules", [{"class_path": "anomalib_clipad.data.DemoTextures", "init_args": {"nothing": 1}}]),
+        ("datamodules", [{"class_path": "pathlib.Path"}, {"class_path": "no.Where"}, {"class_path": ".."}]),
+        ("categories", [3, "text", [3], float("nan"), {}]),
+        ("train_batch_size", [None, 0, -1, 2.5, "8", [8], float("nan"), True]),
+        ("eval_batch_size", [None, 0, -1, 2.5, "8", [8], float("nan"), True]),
+        ("num_workers", [None, -1, 2.5, "8", [8], float("nan"), True]),
+        ("seed", [None, -1, 2.5, "8", [8], float("nan"), True]),
+        ("val_split_ratio", [None, 0, 1, -1, "0.1", [0.1], float("nan"), float("inf")]),
+        ("cache_features", [None, 3, "", ["text"], float("nan"), {}]),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(category: Path, name: str, values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(InputError):
+            AuxiliaryDataModule(**{"datamodules": widgets(category), name: value})
+
+
+@pytest.mark.parametrize("name, values", [("category", WRONG), ("root", [None, 3, ["text"], float("nan"), {}])])
+def test_wrong_arguments_of_the_demonstration_are_one_sentence(name: str, values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(InputError, match=name):
+            DemoTextures(**{name: value})
+
+
+def test_models_do_not_load_the_demonstrations_pictures() -> None:
+    """They need scikit-image, which a model does not; anomalib itself loads it today."""
+    code = "import sys, anomalib_clipad.sdp, anomalib_clipad.sdp_plus, anomalib_clipad.data; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert "anomalib_clipad.sdp" in done.stdout.split()
+    assert not [name for name in done.stdout.split() if name.startswith("anomalib_clipad.demo")]

@@ -110,7 +110,7 @@ class AuxiliaryDataModule(AnomalibDataModule):
             backbone), a path in a folder, where the next training finds them too.
 
     Raises:
-        InputError: If there are no images to train on, or a category is not on disk.
+        InputError: If an argument is invalid, there are no images to train on, or a category is not on disk.
 
     Example:
         >>> data = AuxiliaryDataModule(widgets, num_workers=0, val_split_ratio=0.3)
@@ -133,16 +133,29 @@ class AuxiliaryDataModule(AnomalibDataModule):
         num_workers: int = 8,
         val_split_ratio: float = 0.1,
         seed: int = 0,
-        cache_features: bool | str = False,
+        cache_features: bool | str | Path = False,
     ) -> None:
+        whole = {"train_batch_size": (train_batch_size, 1), "eval_batch_size": (eval_batch_size, 1)}
+        for name, (value, least) in {**whole, "num_workers": (num_workers, 0), "seed": (seed, 0)}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                msg = f"{name} must be a whole number from {least}, got {value!r}."
+                raise InputError(msg)
+        if categories is not None and (
+            not isinstance(categories, list | tuple) or not all(isinstance(name, str) for name in categories)
+        ):
+            msg = f"categories must be a list of names, got {categories!r}."
+            raise InputError(msg)
+        if not isinstance(cache_features, bool | str | Path) or cache_features == "":
+            msg = f"cache_features must be true, false or the path of a folder, got {cache_features!r}."
+            raise InputError(msg)
         super().__init__(train_batch_size, eval_batch_size, num_workers, seed=seed)
         sources = datamodules if isinstance(datamodules, list) else [datamodules]
         self.datamodules = [s if isinstance(s, AnomalibDataModule) else build_datamodule(s) for s in sources]
         if not self.datamodules:
             msg = "datamodules is empty; name at least one data set to train on."
             raise InputError(msg)
-        if not 0 < val_split_ratio < 1:
-            msg = f"val_split_ratio must lie between 0 and 1, got {val_split_ratio}."
+        if not isinstance(val_split_ratio, int | float) or not 0 < val_split_ratio < 1:
+            msg = f"val_split_ratio must be a number between 0 and 1, got {val_split_ratio!r}."
             raise InputError(msg)
         self.val_split_ratio = val_split_ratio
         self.categories = categories

@@ -17,21 +17,37 @@ def build_datamodule(config: Mapping[str, Any]) -> AnomalibDataModule:
         config: ``class_path`` and, if wanted, ``init_args``.
 
     Raises:
-        InputError: If a class of another package cannot be imported; anomalib words its own errors.
+        InputError: If the configuration is not of this form, or a class of another package cannot be imported or
+            built; anomalib words its own errors.
 
     Example:
         >>> build_datamodule({"class_path": "anomalib_clipad.data.DemoTextures"}).category
         'linen'
     """
+    if not isinstance(config, Mapping) or not isinstance(config.get("class_path"), str):
+        msg = f"A data module is a mapping with a class_path and, if wanted, init_args, got {config!r}."
+        raise InputError(msg)
+    arguments = config.get("init_args", {})
+    if not isinstance(arguments, Mapping):
+        msg = f"init_args of {config['class_path']} must be a mapping of arguments, got {arguments!r}."
+        raise InputError(msg)
     package, _, name = config["class_path"].rpartition(".")
     if not package or package.partition(".")[0] == "anomalib":
         return get_datamodule({"data": dict(config)})
     try:
         kind = getattr(import_module(package), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         msg = f"There is no data module {config['class_path']} ({error}); give the full path of its class."
         raise InputError(msg) from error
-    return kind(**config.get("init_args", {}))
+    try:
+        datamodule = kind(**arguments)
+    except TypeError as error:
+        msg = f"{config['class_path']} cannot be built with init_args {dict(arguments)!r} ({error}); correct them."
+        raise InputError(msg) from error
+    if not isinstance(datamodule, AnomalibDataModule):
+        msg = f"{config['class_path']} is not a data module of anomalib; name a class that is."
+        raise InputError(msg)
+    return datamodule
 
 
 def categories_on_disk(datamodule: AnomalibDataModule) -> list[str]:

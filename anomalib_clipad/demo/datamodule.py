@@ -1,4 +1,4 @@
-"""DemoTextures: a small data set in MVTec's layout, made on the spot."""
+"""DemoTextures: a small data set in MVTec's layout, rendered at its first use."""
 
 import logging
 import tempfile
@@ -47,7 +47,10 @@ class DemoTextures(MVTecAD):
     """
 
     def __init__(self, root: Path | str = "./datasets/DemoTextures", category: str = "linen", **kwargs: Any) -> None:  # noqa: ANN401 - MVTecAD's
-        if category not in SURFACES:
+        if not isinstance(root, str | Path):
+            msg = f"root must be the path of a folder, got {root!r}."
+            raise InputError(msg)
+        if not isinstance(category, str) or category not in SURFACES:
             msg = f"category must be one of {', '.join(SURFACES)}, got {category!r}."
             raise InputError(msg)
         super().__init__(root, category, **kwargs)

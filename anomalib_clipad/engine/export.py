@@ -12,12 +12,15 @@ from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.files import remove_abandoned
 
 if TYPE_CHECKING:
     from openvino import Model
 
 OPSET = 18  # the oldest that torch's exporter writes itself; anomalib's 14 is tried, fails loudly and is given up
 ONNX_PACKAGES = ("onnx", "onnxscript")
+LARGEST_ONNX = 2_000_000_000  # bytes of weights in one file; the graph needs some of the 2 GiB that it may have
+DRAFT = ".export-"
 ROOM = 1 << 20  # bytes free on a disk that is not the reason why a file could not be written
 WRITERS = ("inline_container", "iostream error")  # how torch and OpenVINO word that they could not write
 
@@ -46,6 +49,7 @@ class WholeExportMixin(ExportMixin):
         Raises:
             InputError: If the model is untrained, or the file cannot be written.
         """
+        _check_arguments(export_root, model_file_name)
         self.prepare_export()
         encoder, self.model.text_encoder = self.model.text_encoder, None  # the text tower has done its work
         try:
@@ -63,7 +67,8 @@ class WholeExportMixin(ExportMixin):
         """Write an ONNX file: images in [0, 1] in; pred_score, pred_label, anomaly_map, pred_mask out.
 
         Args:
-            export_root: Folder for ``weights/onnx/model.onnx`` and its weights, ``model.onnx.data``.
+            export_root: Folder for ``weights/onnx/model.onnx``, one file. A model of 2 GB or more has its weights
+                beside it, in ``model.onnx.data``, because ONNX has no larger files; it needs both.
             model_file_name: Another name than model.
             input_size: Height and width of the images, where all have the same. By default any: they are resized as
                 the engine does it, within the model. The number of images is free in either case.
@@ -75,10 +80,13 @@ class WholeExportMixin(ExportMixin):
         Raises:
             InputError: If the model is untrained, a package is missing, or the file cannot be written.
         """
+        _check_arguments(export_root, model_file_name, input_size)
         _check_packages("onnx", *ONNX_PACKAGES)
         self.prepare_export()
         kwargs.setdefault("opset_version", OPSET)
         kwargs.setdefault("verbose", False)
+        size = sum(value.numel() * value.element_size() for value in self.model.visual.state_dict().values())
+        kwargs.setdefault("external_data", size >= LARGEST_ONNX)
         export = super().to_onnx
         return _write(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
 
@@ -109,6 +117,11 @@ class WholeExportMixin(ExportMixin):
             InputError: If the model is untrained, a package is missing, the files cannot be written, or INT8_ACQ is
                 asked for.
         """
+        _check_arguments(export_root, model_file_name, input_size)
+        if compression_type is not None and compression_type not in list(CompressionType):
+            names = ", ".join(kind.name for kind in CompressionType if kind != CompressionType.INT8_ACQ)
+            msg = f"compression_type must be one of {names}, got {compression_type!r}."
+            raise InputError(msg)
         if compression_type == CompressionType.INT8_ACQ:
             msg = "INT8_ACQ is not offered: NNCF fails as soon as it has to restore a part of this model; use INT8_PTQ."
             raise InputError(msg)
@@ -132,6 +145,22 @@ class WholeExportMixin(ExportMixin):
         return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER)
 
 
+def _check_arguments(export_root: object, model_file_name: object, input_size: object = None) -> None:
+    if not isinstance(export_root, str | Path):
+        msg = f"export_root must be the path of a folder, got {export_root!r}."
+        raise InputError(msg)
+    if not isinstance(model_file_name, str) or not model_file_name or Path(model_file_name).name != model_file_name:
+        msg = f"model_file_name must be a name without folders, got {model_file_name!r}."
+        raise InputError(msg)
+    if input_size is not None and not (
+        isinstance(input_size, list | tuple)
+        and len(input_size) == 2
+        and all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in input_size)
+    ):
+        msg = f"input_size must be height and width in pixels, got {input_size!r}."
+        raise InputError(msg)
+
+
 def _check_packages(kind: str, *packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
@@ -145,7 +174,8 @@ def _write(export_root: Path | str, export: Callable[[Path], Path]) -> Path:
     draft: Path | None = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root, prefix=".export-") as name:
+        remove_abandoned(root, f"{DRAFT}*")
+        with TemporaryDirectory(dir=root, prefix=DRAFT) as name:
             draft = Path(name)
             written = export(draft)
             place = root / written.parent.relative_to(draft)
