@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
@@ -51,11 +51,12 @@ class WholeExportMixin(ExportMixin):
         """
         _check_arguments(export_root, model_file_name)
         self.prepare_export()
-        encoder, self.model.text_encoder = self.model.text_encoder, None  # the text tower has done its work
+        network = cast("Any", self.model)
+        encoder, network.text_encoder = network.text_encoder, None  # the text tower has done its work
         try:
             return _write(export_root, lambda folder: super(WholeExportMixin, self).to_torch(folder, model_file_name))
         finally:
-            self.model.text_encoder = encoder
+            network.text_encoder = encoder
 
     def to_onnx(
         self,
@@ -85,12 +86,14 @@ class WholeExportMixin(ExportMixin):
         self.prepare_export()
         kwargs.setdefault("opset_version", OPSET)
         kwargs.setdefault("verbose", False)
-        size = sum(value.numel() * value.element_size() for value in self.model.visual.state_dict().values())
+        size = sum(
+            value.numel() * value.element_size() for value in cast("Any", self.model).visual.state_dict().values()
+        )
         kwargs.setdefault("external_data", size >= LARGEST_ONNX)
         export = super().to_onnx
         return _write(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
 
-    def to_openvino(
+    def to_openvino(  # type: ignore[override]  # anomalib names the rest one by one
         self,
         export_root: Path | str,
         model_file_name: str = "model",
@@ -136,9 +139,13 @@ class WholeExportMixin(ExportMixin):
         return _write(export_root, lambda folder: export(folder, model_file_name, **kwargs))
 
     @staticmethod
-    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule) -> "Model":
+    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
         # anomalib's own does not say that this is a transformer, and what comes out then is noise.
         import nncf
+
+        if datamodule is None:  # refused by to_openvino
+            msg = "datamodule is missing"
+            raise TypeError(msg)
 
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)

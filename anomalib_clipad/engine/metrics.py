@@ -95,7 +95,7 @@ class PaperEvaluator(Evaluator):
             if metric.fields[1] in one_kind:
                 metric.reset()
                 continue
-            self.log(metric.name, metric)
+            cast("Any", self).log(metric.name, metric)
             if trainer.barebones:  # where nothing is logged, as anomalib has it
                 trainer.callback_metrics[metric.name] = trainer.logged_metrics[metric.name] = metric.compute()
 

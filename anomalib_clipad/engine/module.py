@@ -114,7 +114,7 @@ class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):  # type: ignore
         return None
 
     @classmethod
-    def configure_pre_processor(  # type: ignore[override]  # a CLIP brings its own mean and standard deviation
+    def configure_pre_processor(  # a CLIP brings its own mean and standard deviation
         cls,
         image_size: tuple[int, int] | None = None,
         mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN,
@@ -225,7 +225,7 @@ class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):  # type: ignore
         """Score a batch; the post-processor collects the scores."""
         return self.test_step(batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:  # type: ignore[override]  # anomalib's *args
+    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Score a batch, and keep the model's own scores on it for the metrics."""
         scored = self.predict_step(batch, batch_idx, dataloader_idx)
         scored.raw_score, scored.raw_map = scored.pred_score, scored.anomaly_map

@@ -245,7 +245,7 @@ def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
 def _rvs_options(rvs: str | Mapping[str, str | float]) -> dict[str, Any]:
     options: dict[str, Any] = {"method": rvs} if isinstance(rvs, str) else {**rvs}
     if "method" not in options:
-        msg = f"rvs must name its method, for example {{'method': 'dbscan', 'eps': 1.5}}, got {dict(rvs)}."
+        msg = f"rvs must name its method, for example {{'method': 'dbscan', 'eps': 1.5}}, got {rvs!r}."
         raise InputError(msg)
     check_rvs(**options)  # now rather than after the prompts were encoded
     return options
