@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --backbone ViT-L-14-336 --batch-sizes 1 32
     python benchmarks/gpu.py --device cpu --backbone FOLDER --batch-sizes 1 --seconds 0.1      # a trial run
 
-Weights do not change the figures, so none are needed. Before anything is timed, CUDA is told to raise an error where
+Weights do not change the figures, so none are needed. Before anything is timed, CUDA is set to raise an error where
 the host waits for the device: nothing between images in and maps out may.
 """
 

@@ -29,7 +29,7 @@ class WholeExportMixin(ExportMixin):
     """anomalib's three exports, for a model that has text vectors to bake in.
 
     Files are written beside their place and moved there when they are complete. A model that cannot be used yet, a
-    package that is missing and a folder that cannot be written to are told in a sentence.
+    package that is missing and a folder that cannot be written to are named in a sentence.
     """
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
