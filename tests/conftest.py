@@ -110,7 +110,7 @@ def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def build_model(name: str, small_clip: str, root: Path, **arguments: object) -> ClipAdSdp:
-    """A model that can judge: SDP, or SDP+ with random layers, which it reads from a file in ``root``."""
+    """A model that can predict: SDP, or SDP+ with random layers, which it reads from a file in ``root``."""
     if name == "ClipAdSdp":
         return ClipAdSdp(backbone=small_clip, **arguments)
     torch.manual_seed(3)

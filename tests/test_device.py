@@ -45,7 +45,7 @@ class Chain(nn.Module):
 
 
 class Loss(nn.Module):
-    """What SDP+ is trained by, up to its value: there is no going back on fake tensors without a GPU."""
+    """The loss of SDP+, without its gradient: fake tensors have no backward pass without a GPU."""
 
     def __init__(self, model: ClipAdSdpPlus) -> None:
         super().__init__()

@@ -1,33 +1,27 @@
 """Two processes: the figures of one, and every picture once."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from anomalib.data import Folder
 from anomalib.engine import Engine
 
 from anomalib_clipad import ClipAdSdp
 
-from .conftest import ROUNDING
+from .conftest import ROOT, ROUNDING, folder, run_command
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.test_distributed import judge
+from tests.test_distributed import score_category
 if __name__ == "__main__":
-    judge(*map(Path, sys.argv[1:]), devices=2)
+    score_category(*map(Path, sys.argv[1:]), devices=2)
 """
 
 
-def judge(small_clip: Path, category: Path, out: Path, devices: int) -> None:
+def score_category(small_clip: Path, category: Path, out: Path, devices: int) -> None:
     """Test on 11 images, four at a time, then predict without a datamodule; save the figures of each process."""
-    keys = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square"}
-    more = {"mask_dir": "ground_truth/square", "num_workers": 0, "val_split_mode": "same_as_test", "eval_batch_size": 4}
     model = ClipAdSdp(backbone=str(small_clip))
     engine = Engine(
         default_root_dir=out,
@@ -37,7 +31,7 @@ def judge(small_clip: Path, category: Path, out: Path, devices: int) -> None:
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
     )
-    figures = engine.test(model, datamodule=Folder("widget", root=category, **keys, **more))[0]
+    figures = engine.test(model, datamodule=folder(category, eval_batch_size=4))[0]
     rank = engine.trainer.global_rank
     batches = engine.predict(model, data_path=category / "test/square")
     scores = {Path(batch.image_path[0]).name: batch.pred_score.item() for batch in batches}
@@ -49,18 +43,10 @@ def test_two_processes_give_the_figures_and_pictures_of_one(small_clip: str, cat
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    judge(Path(small_clip), category, one, devices=1)
+    score_category(Path(small_clip), category, one, devices=1)
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), small_clip, str(category), str(two)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_command(sys.executable, script, small_clip, category, two, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = torch.load(one / "rank0.pt", weights_only=True)
     parts = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

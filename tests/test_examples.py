@@ -1,30 +1,19 @@
 """The scripts in examples/ and benchmarks/, run as a reader would run them."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from .conftest import write_category
+from .conftest import ROOT, run_command, write_category
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 
 
 def run(script: str, *arguments: object, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_command(sys.executable, ROOT / script, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
