@@ -44,12 +44,14 @@ class Settings:
 
     @classmethod
     def read(cls, config: object) -> "Settings":
-        """Check every key; one without a value, or with an empty list, counts as not given.
+        """Check every key; one without a value counts as not given.
 
         Raises:
             InputError: If a key is unknown, a value cannot be used, or models or data are missing.
         """
-        values = {key: value for key, value in _mapping("compare", config).items() if value is not None and value != []}
+        values = {key: value for key, value in _mapping("compare", config).items() if value is not None}
+        if values.get("data") == []:
+            del values["data"]
         if unknown := sorted(set(values) - set(READERS)):
             msg = f"compare takes the keys {', '.join(sorted(READERS))}, got {', '.join(unknown)}."
             raise InputError(msg)
