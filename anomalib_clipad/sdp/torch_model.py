@@ -22,7 +22,7 @@ from anomalib_clipad.components import (
     feature_surgery,
     load_backbone,
 )
-from anomalib_clipad.components.representative_vector import check_rvs
+from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.errors import InputError
@@ -78,7 +78,7 @@ class ClipAdSdpModel(Float32Buffers):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
-        self.rvs = _rvs_options(rvs)
+        self.rvs = rvs_options(rvs)
         self.prompts = PromptEnsemble.from_config(prompts)
         if clip is None:
             loaded = load_backbone(backbone, pretrained)
@@ -240,12 +240,3 @@ def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
         msg = f"image_size must be one or two positive numbers of pixels, got {image_size!r}."
         raise InputError(msg)
     return sides
-
-
-def _rvs_options(rvs: str | Mapping[str, str | float]) -> dict[str, Any]:
-    options: dict[str, Any] = {"method": rvs} if isinstance(rvs, str) else {**rvs}
-    if "method" not in options:
-        msg = f"rvs must name its method, for example {{'method': 'dbscan', 'eps': 1.5}}, got {rvs!r}."
-        raise InputError(msg)
-    check_rvs(**options)  # now rather than after the prompts were encoded
-    return options
