@@ -256,6 +256,7 @@ def test_unlabelled_images_side_by_side(data_root: Path, home: Path, tmp_path: P
     assert process.returncode == 0, stderr[-3000:]
     report = (tmp_path / "out/report.md").read_text()
     assert "no metrics" in report
+    assert "| image | SDP | WinCLIP |" in report
     assert "| 000.png |" in report
     assert Image.open(tmp_path / "out/examples/square.png").size[0] > 300
     assert not (tmp_path / "out/means.png").exists()

@@ -164,7 +164,7 @@ class CompareJob(Job):
         if data is not None:
             data.prepare_data()
         inputs = self.inputs()  # before the first image is read, so that a later change is seen
-        model = _plain_model(self.model_config, data)
+        model: Any = _plain_model(self.model_config, data)
         evaluator = CompareEvaluator(self.map_size, self.metrics)
         row: dict[str, Any] = {}
         with self._engine(evaluator, task_id) as engine:
@@ -174,6 +174,7 @@ class CompareJob(Job):
             row["fit_seconds"] = now() - start
             start = now()
             if self.images:
+                model.val_dataloader = _no_loaders
                 engine.predict(model, data_path=self.images, return_predictions=False)
             else:
                 engine.test(model, datamodule=data, verbose=False)
@@ -245,6 +246,11 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> 
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name
     return model
+
+
+def _no_loaders() -> list[object]:
+    """Lets anomalib's zero-shot models predict without validation data, whose thresholds are not looked at here."""
+    return []
 
 
 def _versions() -> dict[str, str]:
