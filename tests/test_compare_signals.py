@@ -37,7 +37,8 @@ def test_interrupted_runs_end_with_a_status_and_can_be_resumed(data_root: Path, 
             process.send_signal(number)
         # An interruption while Python still imports is shown in Python's own way, with a trace.
         process.communicate(timeout=600)
-        assert process.returncode in (0, -number, 128 + number)
+        # Lightning ends its own run with status 1 when it is interrupted.
+        assert process.returncode in (0, -number, 128 + number, *([1] if number == signal.SIGINT else []))
         for file in tmp_path.glob("cut/out/jobs/*.json"):
             assert read_row(file) is not None
     assert finish(start(config, tmp_path / "cut", home)) == 0
