@@ -5,7 +5,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,18 @@ def run_command(*command: object, cwd: Path, timeout: float = 300, **environment
     )
 
 
+@contextmanager
+def kept_log_handlers() -> Iterator[None]:
+    """Remove the handlers that anomalib's command adds at each start; they print on stdout, also in later tests."""
+    loggers = [logging.getLogger(name) for name in (None, "lightning.pytorch")]
+    before = [list(logger.handlers) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers[:] = handlers
+
+
 @pytest.fixture
 def anomalib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -175,7 +188,8 @@ def anomalib(
         capsys.readouterr()
         code = 0
         try:
-            cli.main()
+            with kept_log_handlers():
+                cli.main()
         except SystemExit as end:
             code = end.code
         return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
