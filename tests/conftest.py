@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -161,6 +162,22 @@ def run_command(*command: object, cwd: Path, timeout: float = 300, **environment
         check=False,
         timeout=timeout,
     )
+
+
+@contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Have the system refuse to write more to a file, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def files(root: Path) -> list[str]:
+    """Every file below a folder, as a path from there."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 @contextmanager
