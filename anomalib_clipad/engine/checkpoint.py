@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from anomalib_clipad.components import PromptEnsemble, fingerprint
+from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
 from anomalib_clipad.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,9 +55,14 @@ class CheckedCheckpointIO(AnomalibCheckpointIO):
         """
         check_is_checkpoint(path)
         try:
-            return super().load_checkpoint(path, *args, **kwargs)
+            content = super().load_checkpoint(path, *args, **kwargs)
         except UNREADABLE as error:
             raise InputError(_damaged(path, error)) from error
+        if not isinstance(content, Mapping):
+            msg = f"ckpt_path {path} holds a {type(content).__name__}; give the model.ckpt that a run of this model wrote."
+            raise InputError(msg)
+        check_parts(content)
+        return content
 
 
 def check_is_checkpoint(path: str | Path) -> None:
@@ -129,7 +137,6 @@ class CheckpointMixin(_Module):
         Raises:
             InputError: If the checkpoint is another model's, of another CLIP, or damaged.
         """
-        super().on_load_checkpoint(checkpoint)
         found = checkpoint.get(IDENTITY)
         if not isinstance(found, Mapping):
             msg = f"The checkpoint is not one of {type(self).__name__}; give the model.ckpt that its test run wrote."
@@ -140,12 +147,40 @@ class CheckpointMixin(_Module):
             sides = "; ".join(f"{key} was {found.get(key)!r}, here it is {own[key]!r}" for key in differing)
             msg = f"The checkpoint does not fit this model: {sides}; give the model the arguments it was made with."
             raise InputError(msg)
-        state = _moved(checkpoint.get("state_dict", {}))
-        state.setdefault(EXTRA_STATE, {"class_names": list(found.get("class_names", ()))})
+        self._check_components(checkpoint)
+        try:
+            super().on_load_checkpoint(checkpoint)
+        except UNREADABLE as error:
+            raise damaged(f"has settings of a component that cannot be used ({type(error).__name__})") from error
+        names = found.get("class_names", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise damaged(f"has the classes {names!r}")
+        if not isinstance(checkpoint.get("state_dict"), Mapping):
+            raise damaged("has no state_dict")
+        state = _moved(checkpoint["state_dict"])
+        state.setdefault(EXTRA_STATE, {"class_names": names})
         expected = {key: value for key, value in self.state_dict().items() if not key.startswith(NOT_SAVED)}
         _check_state(state, expected)
         checkpoint["state_dict"] = state
         self.restored = True
+
+
+    def _check_components(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse settings and states that do not fit the components, which take over anything."""
+        check_parts({VERSION: "0", **checkpoint})
+        for key, component in self._checkpointable_components().items():
+            own = component.checkpoint_config() if isinstance(component, PostProcessor) else {}
+            if problem := difference(checkpoint.get(key, {}), own, key):
+                raise damaged(problem)
+        for component in self.children():
+            states = checkpoint.get("callbacks", {})
+            if not isinstance(component, Callback) or not isinstance(component, nn.Module):
+                continue
+            found, own = states.get(component.state_key, {}), component.state_dict()
+            if problem := difference(found, own, component.state_key):
+                raise damaged(problem)
+            if found and set(found) != set(own):
+                raise damaged(f"has other values than {component.state_key}")
 
 
 def _moved(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +201,9 @@ def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             problems.append(f"has {key} of type {value.dtype} instead of {wanted.dtype}")
         elif not key.startswith(MAY_BE_NAN) and not value.isfinite().all():
             problems.append(f"has values in {key} that are not finite")
-    names, vectors = state[EXTRA_STATE].get("class_names"), state.get("model.text_features")
+    extra = state[EXTRA_STATE]
+    names = extra.get("class_names") if isinstance(extra, Mapping) else None
+    vectors = state.get("model.text_features")
     if isinstance(vectors, torch.Tensor) and (not isinstance(names, list) or len(names) != len(vectors)):
         problems.append(f"has {len(vectors)} pairs of text vectors for the classes {names!r}")
     if problems:

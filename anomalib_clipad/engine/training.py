@@ -23,6 +23,7 @@ from anomalib_clipad.components import DualPathFeatures
 from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.checkpoint import IDENTITY
+from anomalib_clipad.engine.checkpoint_parts import damaged, difference
 from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.module import ZeroShotMixin, ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
@@ -196,12 +197,35 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the layers; a training run's checkpoint leaves the class open."""
         super().on_load_checkpoint(checkpoint)
+        found = checkpoint[IDENTITY]
+        fitted, trained_on = found.get("fitted"), found.get("trained_on", [])
+        if problem := difference({"fitted": fitted}, {"fitted": True}, IDENTITY):
+            raise damaged(problem)
+        if not isinstance(trained_on, list) or not all(isinstance(name, str) for name in trained_on):
+            raise damaged(f"has trained_on {trained_on!r}")
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_resumable(checkpoint)
         self.trained = True
-        self.trained_on = list(checkpoint[IDENTITY].get("trained_on", ()))
-        if checkpoint[IDENTITY]["fitted"]:
+        self.trained_on = trained_on
+        if fitted:
             self.restored, self._uncalibrated = False, True
             self.model.forget_classes()
             own = self.state_dict()
             checkpoint["state_dict"] |= {
                 key: own[key] for key in own if key.startswith(("model.text_features", "model._extra_state"))
             }
+
+    def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint without the state of a training run, or with one that does not fit."""
+        if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
+            msg = "The checkpoint cannot be resumed, because it has no optimiser; give the last.ckpt beside it."
+            raise InputError(msg)
+        optimizer = self.configure_optimizers()
+        parameters = list(self.model.trained_layers.parameters())
+        state = {index: {"exp_avg": value, "exp_avg_sq": value} for index, value in enumerate(parameters)}
+        expected = [{**optimizer.state_dict(), "state": state}]
+        problem = difference(checkpoint["optimizer_states"], expected, "the optimiser")
+        loops = {"fit_loop": self.trainer.fit_loop.state_dict()}
+        problem = problem or difference(checkpoint.get("loops"), loops, "loops")
+        if problem:
+            raise damaged(problem)
