@@ -24,8 +24,8 @@ from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.sdp_plus import save_adapter
 
-# The parts are small. Threads that wait for each other at every layer take up to twenty times as long as one thread does
-# where other programs run too. The processes that the tests start inherit the variable.
+# The models are small. Where other programs run too, threads that wait for each other at every layer take up to twenty
+# times as long as one thread. The processes that the tests start inherit the variable.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 ROOT = Path(__file__).parents[1]
 ANOMALIB = Path(sys.executable).with_name("anomalib")

@@ -1,18 +1,22 @@
 """Mutated files: each is read or refused in a sentence, nothing else. Seeded, a few seconds."""
 
+import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.components import PromptEnsemble, load_backbone
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp_plus import load_adapter, save_adapter
 
-from .conftest import make_clip, save_clip
+from .conftest import auxiliary, fitted, folder, make_clip, new_engine, save_clip, weights
 
 ROUNDS = 40
 YAML = """normal_states: ['sound {}']
@@ -44,13 +48,51 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def outcomes(read: Callable[[Path], object], path: Path, seed: int) -> set[str]:
+VALUES = [None, True, -1, 10**30, 0.5, float("nan"), "text", "", "\0", "n" * 300, [], [None], {}, {"a": 1}, {1: 2}]
+TENSORS = [
+    torch.zeros(2),
+    torch.full((2,), float("nan")),
+    torch.zeros(2).to_sparse(),
+    torch.zeros((), dtype=torch.int8),
+]
+
+
+def changed(content: dict[str, Any], rng: np.random.Generator, values: list[object]) -> dict[str, Any]:
+    """A copy in which one key, at any depth, is missing, unknown, renamed, or has another value."""
+    content = copy.deepcopy(content)
+    place: Any = content
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = keys[rng.integers(len(keys))]
+        if isinstance(place[key], dict | list) and place[key] and rng.random() < 0.7:
+            place = place[key]
+            continue
+        value = copy.deepcopy(values[rng.integers(len(values))])
+        kind = rng.integers(4) if isinstance(place, dict) else rng.integers(2)
+        if kind == 0:
+            del place[key]
+        elif kind == 1:
+            place[key] = value
+        elif kind == 2:
+            place["more"] = value
+        else:
+            place[f"{key}x"] = place.pop(key)
+        return content
+
+
+def outcomes(
+    read: Callable[[Path], object],
+    path: Path,
+    seed: int,
+    mutate: Callable[[bytes, np.random.Generator], bytes] = mutated,
+    rounds: int = ROUNDS,
+) -> set[str]:
     rng = np.random.default_rng(seed)
     whole = path.read_bytes()
     read(path)
     seen = set()
-    for _ in range(ROUNDS):
-        path.write_bytes(mutated(whole, rng))
+    for _ in range(rounds):
+        path.write_bytes(mutate(whole, rng))
         sentence = ""
         try:
             read(path)
@@ -104,3 +146,39 @@ def test_mutated_prompt_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.yaml"
     path.write_text(YAML)
     assert outcomes(lambda p: PromptEnsemble.from_config(p).prompts("cup"), path, 3) == {"read", "refused"}
+
+
+def changed_checkpoint(whole: bytes, rng: np.random.Generator) -> bytes:
+    file = io.BytesIO()
+    torch.save(changed(torch.load(io.BytesIO(whole), weights_only=True), rng, [*VALUES, *TENSORS]), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mutate", [mutated, changed_checkpoint], ids=["bytes", "keys"])
+def test_mutated_checkpoints(small_clip: str, category: Path, tmp_path: Path, mutate: Callable) -> None:
+    """Read by the class, and by the engine, where Lightning restores more than the model."""
+    engine, model = new_engine(tmp_path), ClipAdSdp(backbone=small_clip, visualizer=False)
+    engine.test(model, datamodule=folder(category), verbose=False)
+
+    def read(path: Path) -> None:
+        ClipAdSdp.load_from_checkpoint(path)
+
+    def predict(path: Path) -> None:
+        image = category / "test/good/000.png"
+        new_engine(tmp_path).predict(model, data_path=image, ckpt_path=path)
+
+    for seed, reader in enumerate((read, predict)):
+        path = tmp_path / f"{seed}.ckpt"
+        path.write_bytes(weights(engine, "model.ckpt").read_bytes())
+        assert "refused" in outcomes(reader, path, seed, mutate, rounds=20)
+
+
+@pytest.mark.parametrize("mutate", [mutated, changed_checkpoint], ids=["bytes", "keys"])
+def test_mutated_checkpoints_to_resume(small_clip: str, auxiliary_root: Path, tmp_path: Path, mutate: Callable) -> None:
+    _, engine = fitted(small_clip, auxiliary_root, tmp_path / "first", epochs=1)
+
+    def resume(path: Path) -> None:
+        model, data = ClipAdSdpPlus(backbone=small_clip, visualizer=False), auxiliary(auxiliary_root)
+        new_engine(tmp_path / "rest", max_epochs=2).fit(model, datamodule=data, ckpt_path=path)
+
+    assert "refused" in outcomes(resume, weights(engine, "last.ckpt"), 0, mutate, rounds=12)

@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import AnomalibDataModule, get_datamodule
+from anomalib.data import AnomalibDataModule, UnknownDatamoduleError, get_datamodule
 
 from anomalib_clipad.errors import InputError
 
@@ -17,8 +17,8 @@ def build_datamodule(config: Mapping[str, Any]) -> AnomalibDataModule:
         config: ``class_path`` and, if wanted, ``init_args``.
 
     Raises:
-        InputError: If the configuration is not of this form, or a class of another package cannot be imported or
-            built; anomalib words its own errors.
+        InputError: If the configuration is not of this form, there is no such class, or a class of another package
+            cannot be built; the arguments of anomalib's own classes raise anomalib's errors.
 
     Example:
         >>> build_datamodule({"class_path": "anomalib_clipad.data.DemoTextures"}).category
@@ -33,7 +33,11 @@ def build_datamodule(config: Mapping[str, Any]) -> AnomalibDataModule:
         raise InputError(msg)
     package, _, name = config["class_path"].rpartition(".")
     if not package or package.partition(".")[0] == "anomalib":
-        return get_datamodule({"data": dict(config)})
+        try:
+            return get_datamodule({"data": dict(config)})
+        except UnknownDatamoduleError as error:
+            msg = f"anomalib has no data module {config['class_path']!r}; correct the name, or give a full path."
+            raise InputError(msg) from error
     try:
         kind = getattr(import_module(package), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:

@@ -59,7 +59,7 @@ class CheckedCheckpointIO(AnomalibCheckpointIO):
         except UNREADABLE as error:
             raise InputError(_damaged(path, error)) from error
         if not isinstance(content, Mapping):
-            msg = f"ckpt_path {path} holds a {type(content).__name__}; give the model.ckpt that a run of this model wrote."
+            msg = f"ckpt_path {path} holds a {type(content).__name__}; give a checkpoint of this model."
             raise InputError(msg)
         check_parts(content)
         return content
@@ -151,19 +151,21 @@ class CheckpointMixin(_Module):
         try:
             super().on_load_checkpoint(checkpoint)
         except UNREADABLE as error:
-            raise damaged(f"has settings of a component that cannot be used ({type(error).__name__})") from error
+            problem = f"has settings of a component that cannot be used ({type(error).__name__})"
+            raise damaged(problem) from error
         names = found.get("class_names", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise damaged(f"has the classes {names!r}")
+            problem = f"has the classes {names!r}"
+            raise damaged(problem)
         if not isinstance(checkpoint.get("state_dict"), Mapping):
-            raise damaged("has no state_dict")
+            problem = "has no state_dict"
+            raise damaged(problem)
         state = _moved(checkpoint["state_dict"])
         state.setdefault(EXTRA_STATE, {"class_names": names})
         expected = {key: value for key, value in self.state_dict().items() if not key.startswith(NOT_SAVED)}
         _check_state(state, expected)
         checkpoint["state_dict"] = state
         self.restored = True
-
 
     def _check_components(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse settings and states that do not fit the components, which take over anything."""
@@ -180,7 +182,8 @@ class CheckpointMixin(_Module):
             if problem := difference(found, own, component.state_key):
                 raise damaged(problem)
             if found and set(found) != set(own):
-                raise damaged(f"has other values than {component.state_key}")
+                problem = f"has other values than {component.state_key}"
+                raise damaged(problem)
 
 
 def _moved(state: Mapping[str, Any]) -> dict[str, Any]:

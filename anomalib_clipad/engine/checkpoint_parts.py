@@ -48,10 +48,12 @@ def check_parts(checkpoint: Mapping[str, Any]) -> None:
     try:
         Version(checkpoint[VERSION])
     except (KeyError, TypeError, InvalidVersion) as error:
-        raise damaged(f"has no valid {VERSION}") from error
+        problem = f"has no valid {VERSION}"
+        raise damaged(problem) from error
     for key, kind in TYPES.items():
         if key in checkpoint and not _is_a(checkpoint[key], kind):
-            raise damaged(f"has {key} {_shown(checkpoint[key])}")
+            problem = f"has {key} {_shown(checkpoint[key])}"
+            raise damaged(problem)
 
 
 def difference(found: object, expected: object, name: str) -> str:

@@ -202,7 +202,8 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         if problem := difference({"fitted": fitted}, {"fitted": True}, IDENTITY):
             raise damaged(problem)
         if not isinstance(trained_on, list) or not all(isinstance(name, str) for name in trained_on):
-            raise damaged(f"has trained_on {trained_on!r}")
+            problem = f"has trained_on {trained_on!r}"
+            raise damaged(problem)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_resumable(checkpoint)
         self.trained = True
