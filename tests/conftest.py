@@ -1,5 +1,6 @@
 """Small real parts for the tests: CLIPs, images and the authors' numbers."""
 
+import io
 import json
 import logging
 import os
@@ -7,7 +8,8 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,26 +197,25 @@ def kept_log_handlers() -> Iterator[None]:
             logger.handlers[:] = handlers
 
 
-@pytest.fixture
-def anomalib(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., subprocess.CompletedProcess]:
-    """Run the ``anomalib`` command in this process, which spares its imports; results are under ``tmp_path``."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["anomalib", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
+def run_in_process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Run the ``anomalib`` command in this process, which spares its imports."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr), kept_log_handlers():
+        patch.chdir(cwd)
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["anomalib", *map(str, arguments)])
         try:
-            with kept_log_handlers():
-                cli.main()
+            cli.main()
         except SystemExit as end:
             code = end.code
-        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
-    return run
+
+@pytest.fixture
+def anomalib(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """The ``anomalib`` command, in this process; results are under ``tmp_path``."""
+    return partial(run_in_process, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")

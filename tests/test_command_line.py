@@ -10,7 +10,7 @@ import yaml
 from anomalib.cli import AnomalibCLI
 from PIL import Image
 
-from .conftest import ANOMALIB, LAYOUT, ROOT, run_command, write_category
+from .conftest import ANOMALIB, LAYOUT, ROOT, run_command, run_in_process, write_category
 
 CONFIGS = sorted((ROOT / "configs").glob("sdp*.yaml"))
 
@@ -25,7 +25,7 @@ def tested(small_clip: str, category: Path, tmp_path_factory: pytest.TempPathFac
     """Where a test run wrote, and what it printed."""
     root = tmp_path_factory.mktemp("run")
     model = ["--model", "ClipAdSdp", "--model.backbone", small_clip]
-    done = run_command(ANOMALIB, "test", *model, *folder_arguments(category), cwd=root)
+    done = run_in_process("test", *model, *folder_arguments(category), cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     return root / "results/ClipAdSdp/widget/latest", done.stdout
 
@@ -136,7 +136,6 @@ def test_there_are_configs() -> None:
     }
 
 
-@pytest.mark.slow
 def test_sdp_plus_is_trained_tested_and_used(
     small_clip: str, category: Path, image_folder: Path, tmp_path: Path, anomalib: Callable
 ) -> None:
