@@ -155,18 +155,29 @@ def folder(root: Path, name: str = "widget", **arguments: object) -> Folder:
     return Folder(name, root=root, **{"num_workers": 0, "val_split_mode": "same_as_test", **LAYOUT, **arguments})
 
 
-def run_command(*command: object, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """Run a program in a process of its own that imports this checkout; warnings are left out, tables are wide."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
+def start_command(*command: object, cwd: Path, **environment: str) -> subprocess.Popen:
+    """Start a program in a process of its own that imports this checkout; warnings are left out, tables are wide."""
+    paths = [environment.pop("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
+    return subprocess.Popen(
         list(map(str, command)),
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "COLUMNS": "200", **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=timeout,
     )
+
+
+def run_command(*command: object, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    """The same, to its end."""
+    with start_command(*command, cwd=cwd, **environment) as process:
+        try:
+            output = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import resource
 import signal
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.pipeline import Compare
 from anomalib_clipad.compare.screen import interruptible, logging_to
 from anomalib_clipad.files import slug
+
+from .conftest import limited_files
 
 SDP = {"class_path": "ClipAdSdp", "name": "SDP"}
 
@@ -118,12 +119,8 @@ def test_another_version_of_a_package_runs_the_job_again(job: CompareJob, monkey
 
 
 def test_a_full_disk_costs_the_job_only(job: CompareJob) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
+    with limited_files(100):
         row = job.run()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "OSError" in row["error"]
     assert job.result() is None
     assert not list(job.file.parent.glob(".*"))

@@ -29,7 +29,7 @@ def test_interrupted_runs_end_with_a_status_and_can_be_resumed(data_root: Path, 
     whole = time.monotonic() - began
     rng = random.Random(0)
     (tmp_path / "cut").mkdir()
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         process = start(config, tmp_path / "cut", home)
         try:
             process.communicate(timeout=rng.uniform(0.4, 0.9) * whole)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.data import Folder
 
 import anomalib_clipad
+
+from .conftest import folder
 
 MODULES = sorted(info.name for info in pkgutil.walk_packages(anomalib_clipad.__path__, "anomalib_clipad."))
 PACKAGES = (
@@ -29,8 +30,7 @@ def test_examples_run(
     name: str, small_clip: str, image_folder: Path, category: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(image_folder.parent)
-    folders = {"normal_dir": "test/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square"}
-    widgets = Folder("widget", root=category, mask_dir="ground_truth/square", **folders)
+    widgets = folder(category, normal_dir="test/good", val_split_mode="from_test")
     torch.manual_seed(0)
     failed, _ = doctest.testmod(
         importlib.import_module(name),

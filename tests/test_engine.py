@@ -3,6 +3,7 @@
 import logging
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad import ClipAdSdp, InputError
 
+from . import conftest
 from .conftest import new_engine, save_clip, write_category
 
 
@@ -25,17 +27,7 @@ def engine(tmp_path: Path) -> Engine:
     return new_engine(tmp_path)
 
 
-def folder(category: Path, masks: bool = True, **arguments: object) -> Folder:
-    return Folder(
-        name=arguments.pop("name", "widget"),
-        root=category,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/square",
-        mask_dir="ground_truth/square" if masks else None,
-        num_workers=0,
-        **{"val_split_mode": "same_as_test", "eval_batch_size": 4, **arguments},
-    )
+folder = partial(conftest.folder, eval_batch_size=4)
 
 
 def collect(model: ClipAdSdp, category: Path) -> dict[str, torch.Tensor]:
@@ -52,7 +44,7 @@ def collect(model: ClipAdSdp, category: Path) -> dict[str, torch.Tensor]:
 def test_image_score_is_the_papers_with_labelled_validation_data(
     small_clip: str, category: Path, engine: Engine
 ) -> None:
-    model = ClipAdSdp(backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, backbone=small_clip)
     results = engine.test(model, datamodule=folder(category))[0]
     own = collect(model, category)
     fused = sum((s - s.min()) / (s.max() - s.min()) for s in (own["text"].double(), own["maps"].double())) / 2
@@ -65,7 +57,7 @@ def test_image_score_is_the_papers_with_labelled_validation_data(
 
 
 def test_labels_and_masks_follow_the_best_thresholds(small_clip: str, category: Path, engine: Engine) -> None:
-    model = ClipAdSdp(backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, backbone=small_clip)
     batches = engine.predict(model, datamodule=folder(category))
     scores, labels = (torch.cat([getattr(batch, key) for batch in batches]) for key in ("pred_score", "gt_label"))
     maps, masks = collect(model, category)["anomaly_map"], torch.cat([batch.gt_mask for batch in batches])
@@ -86,7 +78,7 @@ def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 def test_figures_do_not_depend_on_the_batch_size(
     small_clip: str, category: Path, tmp_path: Path, batch_size: int
 ) -> None:
-    model = ClipAdSdp(backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, backbone=small_clip)
     expected = new_engine(tmp_path / "a").test(model, datamodule=folder(category))[0]
     ours = new_engine(tmp_path / "b").test(model, datamodule=folder(category, eval_batch_size=batch_size))[0]
     assert ours == pytest.approx(expected, abs=1e-6)
@@ -94,7 +86,7 @@ def test_figures_do_not_depend_on_the_batch_size(
 
 
 def test_figures_see_scores_beyond_the_validation_range(small_clip: str, category: Path, engine: Engine) -> None:
-    model = ClipAdSdp(backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, backbone=small_clip)
     results = engine.test(model, datamodule=folder(category, val_split_mode="from_test", val_split_ratio=0.4, seed=0))[
         0
     ]
@@ -110,7 +102,9 @@ def test_figures_see_scores_beyond_the_validation_range(small_clip: str, categor
 def test_classification_data_leave_pixel_figures_out(small_clip: str, category: Path, engine: Engine) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        results = engine.test(ClipAdSdp(backbone=small_clip), datamodule=folder(category, masks=False))[0]
+        results = engine.test(
+            ClipAdSdp(visualizer=False, backbone=small_clip), datamodule=folder(category, mask_dir=None)
+        )[0]
     assert not [str(warning.message) for warning in caught if "metric" in str(warning.message)]
     assert set(results) == {"image_AUROC", "image_F1Max", "image_AP", "image_F1Score"}
 
@@ -136,7 +130,7 @@ def test_data_without_a_validation_part_are_scored_by_rule(
     arguments = {"name": "cup", "root": category, "num_workers": 0, "val_split_mode": "none", "normal_dir": "test/good"}
     if labelled:
         arguments |= {"normal_test_dir": "test/good", "abnormal_dir": "test/square"}
-    model = ClipAdSdp(backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, backbone=small_clip)
     batches = engine.predict(model, datamodule=Folder(**arguments))
     assert model.model.fusion.score_min.isnan().all()
     assert all(batch.pred_label.dtype == torch.bool for batch in batches)
@@ -144,7 +138,14 @@ def test_data_without_a_validation_part_are_scored_by_rule(
 
 
 def test_predict_on_one_image(small_clip: str, image_folder: Path, engine: Engine) -> None:
-    assert len(engine.predict(ClipAdSdp(backbone=small_clip, class_name="cup"), data_path=image_folder / "b.jpg")) == 1
+    assert (
+        len(
+            engine.predict(
+                ClipAdSdp(visualizer=False, backbone=small_clip, class_name="cup"), data_path=image_folder / "b.jpg"
+            )
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_class_name_comes_from_the_argument_then_the_data(
     name: str,
     expected: str,
 ) -> None:
-    model = ClipAdSdp(class_name=class_name, backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, class_name=class_name, backbone=small_clip)
     engine.predict(model, datamodule=folder(category, name=name))
     assert model.model.class_names == (expected,)
     assert ("taken for an 'object'" in caplog.text) == (expected == "object")
@@ -168,7 +169,7 @@ def test_class_name_comes_from_the_argument_then_the_data(
 def test_category_comes_before_the_name(small_clip: str, category: Path, engine: Engine) -> None:
     data = folder(category)
     data.category = "metal nut"
-    model = ClipAdSdp(backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, backbone=small_clip)
     engine.test(model, datamodule=data)
     assert model.model.class_names == ("metal nut",)
 
@@ -176,10 +177,10 @@ def test_category_comes_before_the_name(small_clip: str, category: Path, engine:
 def test_a_second_category_gets_its_own_text_vectors_and_thresholds(
     small_clip: str, category: Path, tmp_path: Path
 ) -> None:
-    model = ClipAdSdp(backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, backbone=small_clip)
     new_engine(tmp_path / "a").test(model, datamodule=folder(category))
     new_engine(tmp_path / "b").test(model, datamodule=folder(category, name="gear"))
-    fresh = ClipAdSdp(backbone=small_clip)
+    fresh = ClipAdSdp(visualizer=False, backbone=small_clip)
     new_engine(tmp_path / "c").test(fresh, datamodule=folder(category, name="gear"))
     for key, value in fresh.state_dict().items():
         if isinstance(value, torch.Tensor):
@@ -195,7 +196,7 @@ def checkpoint(engine: Engine) -> Path:
 def test_checkpoint_needs_no_labels_no_text_tower_and_no_class_name(
     small_clip: str, category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    first, model = new_engine(tmp_path / "a"), ClipAdSdp(backbone=small_clip)
+    first, model = new_engine(tmp_path / "a"), ClipAdSdp(visualizer=False, backbone=small_clip)
     first.test(model, datamodule=folder(category))
     path = checkpoint(first)
     expected = new_engine(tmp_path / "b").predict(model, data_path=category / "test")
@@ -206,7 +207,9 @@ def test_checkpoint_needs_no_labels_no_text_tower_and_no_class_name(
     monkeypatch.setattr("anomalib_clipad.components.text_encoder.TextEncoder.encode", refuse)
     second = new_engine(tmp_path / "c")
     if way == "ckpt_path":
-        ours = second.predict(ClipAdSdp(backbone=small_clip), data_path=category / "test", ckpt_path=path)
+        ours = second.predict(
+            ClipAdSdp(visualizer=False, backbone=small_clip), data_path=category / "test", ckpt_path=path
+        )
     else:
         ours = second.predict(ClipAdSdp.load_from_checkpoint(path), data_path=category / "test")
     for a, b in zip(ours, expected, strict=True):
@@ -215,7 +218,9 @@ def test_checkpoint_needs_no_labels_no_text_tower_and_no_class_name(
 
 
 def test_checkpoint_holds_what_is_not_clip(small_clip: str, category: Path, engine: Engine) -> None:
-    model = ClipAdSdp(backbone=small_clip, prompts={"normal_states": ["good {}"]}, rvs={"method": "kde"})
+    model = ClipAdSdp(
+        visualizer=False, backbone=small_clip, prompts={"normal_states": ["good {}"]}, rvs={"method": "kde"}
+    )
     engine.test(model, datamodule=folder(category))
     content = torch.load(checkpoint(engine), weights_only=True)
     assert not any("visual" in key for key in content["state_dict"])
@@ -228,7 +233,7 @@ def test_checkpoint_holds_what_is_not_clip(small_clip: str, category: Path, engi
 
 def test_checkpoint_of_other_weights_is_refused(small_clip: str, category: Path, tmp_path: Path) -> None:
     engine = new_engine(tmp_path)
-    engine.test(ClipAdSdp(backbone=small_clip), datamodule=folder(category))
+    engine.test(ClipAdSdp(visualizer=False, backbone=small_clip), datamodule=folder(category))
     other = str(save_clip(tmp_path / "other", seed=5))
     with pytest.raises(InputError, match="does not fit this model: backbone was .*; weights was '.*', here it is"):
         ClipAdSdp.load_from_checkpoint(checkpoint(engine), backbone=other)
@@ -236,7 +241,9 @@ def test_checkpoint_of_other_weights_is_refused(small_clip: str, category: Path,
     assert moved.model.class_names == ("widget",)
     with pytest.raises(InputError, match=r"layers was \[1, 2, 3, 4\], here it is \[2, 4\]"):
         new_engine(tmp_path / "b").test(
-            ClipAdSdp(backbone=small_clip, layers=[2, 4]), datamodule=folder(category), ckpt_path=checkpoint(engine)
+            ClipAdSdp(visualizer=False, backbone=small_clip, layers=[2, 4]),
+            datamodule=folder(category),
+            ckpt_path=checkpoint(engine),
         )
 
 
@@ -244,18 +251,22 @@ def test_wrong_checkpoints_are_told_in_a_sentence(small_clip: str, image_folder:
     notes = tmp_path / "notes.ckpt"
     notes.write_text("hello")
     with pytest.raises(InputError, match=r"notes\.ckpt is not a checkpoint"):
-        new_engine(tmp_path).predict(ClipAdSdp(backbone=small_clip), data_path=image_folder, ckpt_path=notes)
+        new_engine(tmp_path).predict(
+            ClipAdSdp(visualizer=False, backbone=small_clip), data_path=image_folder, ckpt_path=notes
+        )
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.0.0"}, notes)
     with pytest.raises(InputError, match="not one of ClipAdSdp"):
-        new_engine(tmp_path).predict(ClipAdSdp(backbone=small_clip), data_path=image_folder, ckpt_path=notes)
+        new_engine(tmp_path).predict(
+            ClipAdSdp(visualizer=False, backbone=small_clip), data_path=image_folder, ckpt_path=notes
+        )
 
 
 def test_checkpoints_class_prevails_and_says_so(
     small_clip: str, category: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = new_engine(tmp_path)
-    engine.test(ClipAdSdp(backbone=small_clip), datamodule=folder(category))
-    model = ClipAdSdp(class_name="gear", backbone=small_clip)
+    engine.test(ClipAdSdp(visualizer=False, backbone=small_clip), datamodule=folder(category))
+    model = ClipAdSdp(visualizer=False, class_name="gear", backbone=small_clip)
     new_engine(tmp_path / "b").predict(model, data_path=category / "test/good", ckpt_path=checkpoint(engine))
     assert model.model.class_names == ("widget",)
     assert "class 'widget' is used, not 'gear'" in caplog.text
@@ -285,7 +296,7 @@ def strange_folder(image_folder: Path) -> Path:
 def test_strange_images_are_scored_and_unreadable_ones_named(
     small_clip: str, strange_folder: Path, engine: Engine, caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
-    model = ClipAdSdp(backbone=small_clip, class_name="cup")
+    model = ClipAdSdp(visualizer=False, backbone=small_clip, class_name="cup")
     dataset = PredictDataset(strange_folder)
     loader = DataLoader(dataset, batch_size=2, collate_fn=dataset.collate_fn, num_workers=workers)
     batches = engine.predict(model, dataloaders=loader)
@@ -303,7 +314,7 @@ def test_sixteen_bit_images_are_not_saturated(small_clip: str, tmp_path: Path) -
     for name, pixels in (("eight.png", shades), ("sixteen.png", shades.astype(np.uint16) * 257)):
         (tmp_path / name.split(".")[0]).mkdir()
         Image.fromarray(pixels).save(tmp_path / name.split(".")[0] / name)
-    model = ClipAdSdp(backbone=small_clip, class_name="cup")
+    model = ClipAdSdp(visualizer=False, backbone=small_clip, class_name="cup")
     eight, sixteen = (
         new_engine(tmp_path).predict(model, data_path=tmp_path / kind)[0] for kind in ("eight", "sixteen")
     )
@@ -311,8 +322,10 @@ def test_sixteen_bit_images_are_not_saturated(small_clip: str, tmp_path: Path) -
 
 
 def test_a_very_large_image(small_clip: str, tmp_path: Path, engine: Engine) -> None:
-    Image.new("RGB", (12_000, 9_000), (90, 120, 60)).save(tmp_path / "large.jpg")
-    batch = engine.predict(ClipAdSdp(backbone=small_clip, class_name="cup"), data_path=tmp_path / "large.jpg")[0]
+    Image.new("RGB", (10_000, 9_000), (90, 120, 60)).save(tmp_path / "large.jpg")
+    batch = engine.predict(
+        ClipAdSdp(visualizer=False, backbone=small_clip, class_name="cup"), data_path=tmp_path / "large.jpg"
+    )[0]
     assert batch.anomaly_map.shape == (1, 32, 32)
     assert batch.pred_score.isfinite().all()
 
@@ -321,7 +334,7 @@ def test_an_unreadable_test_image_costs_only_itself(
     small_clip: str, tmp_path: Path, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = write_category(tmp_path / "widget")
-    model = ClipAdSdp(backbone=small_clip)
+    model = ClipAdSdp(visualizer=False, backbone=small_clip)
     (root / "test/good/001.png").write_bytes(b"gone")
     broken = engine.test(model, datamodule=folder(root))[0]
     assert "001.png or its mask, which cannot be read" in caplog.text
@@ -332,7 +345,7 @@ def test_an_unreadable_test_image_costs_only_itself(
 def test_other_models_read_images_as_before(
     small_clip: str, category: Path, image_folder: Path, engine: Engine
 ) -> None:
-    engine.test(ClipAdSdp(backbone=small_clip), datamodule=folder(category))
+    engine.test(ClipAdSdp(visualizer=False, backbone=small_clip), datamodule=folder(category))
     assert "process_dataloader" not in vars(engine.trainer.strategy)
     (image_folder / "corrupt.png").write_bytes(b"no image at all")
     with pytest.raises(OSError, match="cannot identify image file"):
@@ -352,7 +365,9 @@ def test_not_a_number_is_named(
     dataset = Broken(image_folder)
     loader = DataLoader(dataset, batch_size=2, collate_fn=dataset.collate_fn)
     with caplog.at_level(logging.WARNING):
-        batch = engine.predict(ClipAdSdp(backbone=small_clip, class_name="cup"), dataloaders=loader)[0]
+        batch = engine.predict(ClipAdSdp(visualizer=False, backbone=small_clip, class_name="cup"), dataloaders=loader)[
+            0
+        ]
     assert "a.png" in caplog.text
     assert batch.pred_label[0]
     assert batch.pred_score[0].isnan()
@@ -361,7 +376,7 @@ def test_not_a_number_is_named(
 
 def test_an_empty_class_name_is_refused(small_clip: str) -> None:
     with pytest.raises(InputError, match="class_name is empty"):
-        ClipAdSdp(class_name="", backbone=small_clip)
+        ClipAdSdp(visualizer=False, class_name="", backbone=small_clip)
 
 
 def test_own_components_are_kept(small_clip: str, image_folder: Path, engine: Engine) -> None:
@@ -373,7 +388,7 @@ def test_own_components_are_kept(small_clip: str, image_folder: Path, engine: En
 
 def test_neighbours_run_as_before(category: Path, tmp_path: Path) -> None:
     shutil.copytree(category, tmp_path / "widget")
-    model = Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=10)
+    model = Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=10, visualizer=False)
     engine = new_engine(tmp_path)
     engine.fit(model, datamodule=folder(tmp_path / "widget"))
     assert "image_AUROC" in engine.test(model, datamodule=folder(tmp_path / "widget"))[0]

@@ -1,6 +1,5 @@
 """One engine, one trainer, several models and runs: each gives what it gives alone."""
 
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
 
-from .conftest import make_clip, new_engine, write_category
-from .test_engine import folder
+from .conftest import ROOT, folder, make_clip, new_engine, run_command, write_category
 
 BARE = {"visualizer": False}
 
@@ -196,5 +194,5 @@ def test_a_look_for_anomalib_before_its_import_loses_nothing() -> None:
         "import importlib.util; assert importlib.util.find_spec('anomalib.models');"
         "from anomalib.models import list_models; assert 'clip_ad_sdp' in list_models()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = run_command(sys.executable, "-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -83,6 +83,7 @@ def assert_same(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray], at
     assert (ours["pred_mask"] != expected["pred_mask"]).mean() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("size", [(32, 32), (75, 110)], ids=["native", "larger"])
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
@@ -98,6 +99,7 @@ def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"), dtype=np.float32).transpose(2, 0, 1)[None] / 255
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torch", "openvino"])
 def test_inferencers_give_the_engines_answers(
     exported: Exported, category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -120,6 +122,7 @@ def test_inferencers_give_the_engines_answers(
     assert labels == {False, True}
 
 
+@pytest.mark.slow
 def test_a_large_picture_is_resized_as_in_the_engine(exported: Exported, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (700, 900, 3), dtype=np.uint8)
     pixels[200:500, 300:700] //= 3
@@ -151,6 +154,7 @@ def test_images_of_few_bits_are_resized_in_float32() -> None:
     torch.testing.assert_close(ours.float(), expected, atol=2**-8, rtol=0)
 
 
+@pytest.mark.slow
 def test_files_are_of_the_vision_towers_size(exported: Exported) -> None:
     tower = sum(value.numel() * value.element_size() for value in exported.model.model.visual.state_dict().values())
     weights = {
@@ -165,6 +169,7 @@ def test_files_are_of_the_vision_towers_size(exported: Exported) -> None:
     assert names == {"model.pt", "model.onnx", "model.xml", "model.bin"}
 
 
+@pytest.mark.slow
 def test_a_loaded_torch_file_says_that_its_class_is_fixed(exported: Exported) -> None:
     loaded = torch.load(exported.torch, weights_only=False)["model"]  # our own file
     with pytest.raises(InputError, match=r"exported for widget; export one for cup\."):
@@ -192,6 +197,7 @@ def test_without_any_class_an_object_is_assumed_and_said(
     assert model.model.class_names == ("object",)
 
 
+@pytest.mark.slow
 def test_eight_bits_give_similar_maps_in_less_room(small_clip: str, category: Path, tmp_path: Path) -> None:
     model = ClipAdSdp(backbone=small_clip)
     kind = CompressionType.INT8_PTQ
@@ -213,6 +219,7 @@ def run_example(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     return run_command(sys.executable, "-c", script, cwd=cwd, ANOMALIB_CLIPAD_AUTOLOAD="0")
 
 
+@pytest.mark.slow
 def test_the_example_needs_neither_anomalib_nor_torch(exported: Exported, category: Path, tmp_path: Path) -> None:
     script = (EXAMPLES / "run_onnx.py").read_text()
     assert len([line for line in script.split("session =")[1].splitlines() if line]) <= 10

@@ -1,20 +1,17 @@
 """Auxiliary data as batches with fields of their own, and taps that are computed once."""
 
 import os
-import resource
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder, ImageBatch
+from anomalib.data import ImageBatch
 from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from safetensors.torch import save_file
@@ -25,34 +22,14 @@ from anomalib_clipad.components.dual_path import DualPathFeatures
 from anomalib_clipad.data import AuxiliaryDataModule, DemoTextures
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 
-from .conftest import write_category
-
-
-@contextmanager
-def limited_files(size: int) -> Iterator[None]:
-    """Have the system refuse to write more to a file, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+from .conftest import ROOT, folder, limited_files, run_command, write_category
 
 
 def features(batch_size: int) -> DualPathFeatures:
     return DualPathFeatures(*([torch.rand(batch_size, 5, 4) for _ in range(2)] for _ in DualPathFeatures._fields))
 
 
-def widgets(category: Path) -> Folder:
-    return Folder(
-        "widget",
-        root=category,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/square",
-        mask_dir="ground_truth/square",
-        num_workers=0,
-    )
+widgets = partial(folder, val_split_mode="from_test")
 
 
 def test_categories_and_numbers_are_fields_of_a_batch(category: Path) -> None:
@@ -243,6 +220,6 @@ def test_wrong_arguments_of_the_demonstration_are_one_sentence(name: str, values
 def test_models_do_not_load_the_demonstrations_pictures() -> None:
     """They need scikit-image, which a model does not; anomalib itself loads it today."""
     code = "import sys, anomalib_clipad.sdp, anomalib_clipad.sdp_plus, anomalib_clipad.data; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    done = run_command(sys.executable, "-c", code, cwd=ROOT)
     assert "anomalib_clipad.sdp" in done.stdout.split()
     assert not [name for name in done.stdout.split() if name.startswith("anomalib_clipad.demo")]

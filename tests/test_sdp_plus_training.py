@@ -36,7 +36,6 @@ def trained(
     return fitted(small_clip, auxiliary_root, tmp_path_factory.mktemp("trained"), epochs=1)
 
 
-@pytest.mark.slow
 def test_training_learns_what_a_defect_is(
     small_clip: str, auxiliary_root: Path, category: Path, tmp_path: Path
 ) -> None:
@@ -62,7 +61,6 @@ def test_only_the_linear_layers_are_trained(small_clip: str, trained: tuple[Clip
     assert {"train_loss", "train_focal", "train_dice", "pixel_AP"} <= set(engine.trainer.callback_metrics)
 
 
-@pytest.mark.slow
 def test_best_checkpoint_is_small_and_the_last_can_be_resumed(
     small_clip: str, auxiliary_root: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +76,24 @@ def test_best_checkpoint_is_small_and_the_last_can_be_resumed(
     best = torch.load(weights(engine, "model.ckpt"), weights_only=True)
     assert "optimizer_states" not in best
     assert not any("visual" in key for key in best["state_dict"])
+
+
+def test_an_interrupted_run_can_be_resumed_from_its_last_epoch(
+    small_clip: str, auxiliary_root: Path, tmp_path: Path
+) -> None:
+    class Interrupted(ClipAdSdpPlus):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 2:
+                msg = "as planned"
+                raise RuntimeError(msg)
+
+    engine = new_engine(tmp_path, max_epochs=3)
+    with pytest.raises(RuntimeError, match="as planned"):
+        engine.fit(Interrupted(backbone=small_clip, visualizer=False), datamodule=auxiliary(auxiliary_root))
+    last = torch.load(weights(engine, "last.ckpt"), weights_only=True)
+    assert last["epoch"] == 1
+    assert last["optimizer_states"]
+    assert {path.name for path in weights(engine, "last.ckpt").parent.iterdir()} == {"model.ckpt", "last.ckpt"}
 
 
 @pytest.mark.parametrize("kept", ["memory", "folder"])

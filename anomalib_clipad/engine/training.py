@@ -77,8 +77,9 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         if self.trainer.state.fn == TrainerFn.FITTING and getattr(self.evaluator, "val_metrics", None):
             folder = Path(self.trainer.default_root_dir) / "weights" / "lightning"
             callbacks.append(ModelCheckpoint(folder, "model", monitor="pixel_AP", mode="max", save_weights_only=True))
-            # Resuming needs the latest state, and the optimiser's.
-            callbacks.append(ModelCheckpoint(folder, save_top_k=0, save_last=True))
+            # Resuming needs the latest state, and the optimiser's, at the end of every epoch. Lightning's save_last
+            # writes only beside another checkpoint, which save_top_k=0 would never be.
+            callbacks.append(ModelCheckpoint(folder, "last", enable_version_counter=False))
         return callbacks
 
     @property
