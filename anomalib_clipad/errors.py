@@ -5,6 +5,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PARSER_STATUS = 2
+
 
 class InputError(ValueError):
     """Something given to the package cannot be used; the message says what was found and what to do.
@@ -60,7 +62,8 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        found = input_error_behind(error)
+        # The parser exits with status 2. Any other status is meant, such as that of an interrupted run.
+        found = input_error_behind(error) if not isinstance(error, SystemExit) or error.code == PARSER_STATUS else None
         if found is None:
             raise
         sys.stderr.write(f"error: {found}\n")

@@ -10,6 +10,8 @@ import yaml
 from anomalib.cli import AnomalibCLI
 from PIL import Image
 
+from anomalib_clipad.errors import InputError, one_sentence
+
 from .conftest import ANOMALIB, LAYOUT, ROOT, run_command, run_in_process, write_category
 
 CONFIGS = sorted((ROOT / "configs").glob("sdp*.yaml"))
@@ -100,6 +102,21 @@ def test_bad_input_ends_the_process_with_the_same_sentence(image_folder: Path, t
     assert done.returncode == 1
     assert words in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@one_sentence()
+def interrupted_while_handling_bad_input() -> None:
+    try:
+        msg = "anything."
+        raise InputError(msg)
+    except InputError:
+        raise SystemExit(130) from None
+
+
+def test_an_interruption_keeps_its_status_while_bad_input_is_handled() -> None:
+    with pytest.raises(SystemExit) as ended:
+        interrupted_while_handling_bad_input()
+    assert ended.value.code == 130
 
 
 def test_help_lists_every_argument_with_its_meaning(anomalib: Callable) -> None:
