@@ -244,7 +244,7 @@ def test_each_image_is_scored_with_its_own_category(small_clip: str, auxiliary_r
     assert all((f"/{('gear', 'plate')[index]}/") in path for path, index in seen)
 
 
-def test_images_without_masks_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_masks_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_category(tmp_path / "gear")
     write_category(tmp_path / "plate")
     data = AuxiliaryDataModule([part(tmp_path, "gear"), part(tmp_path, "plate", mask_dir=None)], num_workers=0)
