@@ -49,9 +49,12 @@ def test_image_score_is_the_papers_with_labelled_validation_data(
     own = collect(model, category)
     fused = sum((s - s.min()) / (s.max() - s.min()) for s in (own["text"].double(), own["maps"].double())) / 2
 
+    ours = model.model.fuse(own["text"], own["maps"])
+    torch.testing.assert_close(ours.double(), fused, atol=1e-5, rtol=0)
     predictions = engine.predict(model, datamodule=folder(category))
     predicted = torch.cat([batch.pred_score for batch in predictions])
-    torch.testing.assert_close(predicted.double(), fused, atol=1e-5, rtol=0)
+    shown = (fused - model.post_processor.image_threshold) / (fused.max() - fused.min()) + 0.5
+    torch.testing.assert_close(predicted.double(), shown.clamp(0, 1), atol=1e-5, rtol=0)
     assert results["image_AUROC"] == pytest.approx(roc_auc_score(own["labels"], fused), abs=1e-6)
     assert results["image_AP"] == pytest.approx(average_precision_score(own["labels"], fused), abs=1e-6)
 

@@ -1,9 +1,11 @@
 """What both models are made of: text side, image side, and where they meet."""
 
 from anomalib_clipad.components.backbone import Backbone, fingerprint, load_backbone
+from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.prompts import PromptEnsemble
+from anomalib_clipad.components.reference import ReferenceBank, ReferenceFusion
 from anomalib_clipad.components.representative_vector import select_representative_vector
 from anomalib_clipad.components.scores import MapScale, Prediction, ScoreFusion, Scores, text_score
 from anomalib_clipad.components.smoothing import GaussianSmoothing
@@ -12,6 +14,7 @@ from anomalib_clipad.components.text_encoder import TextEncoder
 
 __all__ = [
     "Backbone",
+    "ConformalThreshold",
     "DualPathFeatures",
     "DualPathVisionTransformer",
     "Float32Buffers",
@@ -19,12 +22,16 @@ __all__ = [
     "MapScale",
     "Prediction",
     "PromptEnsemble",
+    "ReferenceBank",
+    "ReferenceFusion",
     "ScoreFusion",
     "Scores",
     "TextEncoder",
+    "conformal_threshold",
     "feature_surgery",
     "fingerprint",
     "load_backbone",
+    "p_values",
     "select_representative_vector",
     "text_score",
 ]

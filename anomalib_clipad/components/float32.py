@@ -1,6 +1,7 @@
 """Buffers that stay in float32 while the tower around them goes to a lower precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ class Float32Buffers(nn.Module):
 
     Thresholds, text vectors and smoothing weights cost nothing and decide at the third digit.
 
+    Attributes:
+        growing: Names of buffers that a state dict may hold in any length.
+
     Example:
         >>> class Scale(Float32Buffers):
         ...     def __init__(self):
@@ -20,6 +24,8 @@ class Float32Buffers(nn.Module):
         tensor(1.2345)
     """
 
+    growing: ClassVar[tuple[str, ...]] = ()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -28,3 +34,16 @@ class Float32Buffers(nn.Module):
             if value is not None and moved is not None:
                 self._buffers[name] = value.to(moved.device)
         return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - torch's
+        **kwargs: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        for name in self.growing:
+            found, ours = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(found, torch.Tensor) and found.shape[1:] == ours.shape[1:]:
+                setattr(self, name, torch.empty_like(found, dtype=ours.dtype, device=ours.device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -26,6 +26,7 @@ class ZeroShotItem(ImageItem):
     map_score: torch.Tensor | None = None
     raw_score: torch.Tensor | None = None
     raw_map: torch.Tensor | None = None
+    p_value: torch.Tensor | None = None
 
     @classmethod
     def of(cls, item: ImageItem) -> "ZeroShotItem":
@@ -49,6 +50,7 @@ class ZeroShotBatch(ImageBatch):
         map_score: (B,) score of the anomaly map.
         raw_score: (B,) score before the post-processor clamps it, for the metrics.
         raw_map: (B, H, W) map before the post-processor clamps it, for the metrics.
+        p_value: (B,) share of normal images that score as high, where scores of normal images are known.
 
     Example:
         >>> batch = ZeroShotBatch(image=torch.zeros(2, 3, 8, 8), class_index=torch.tensor([0, 1]))
@@ -65,6 +67,7 @@ class ZeroShotBatch(ImageBatch):
     map_score: torch.Tensor | None = None
     raw_score: torch.Tensor | None = None
     raw_map: torch.Tensor | None = None
+    p_value: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: ImageBatch) -> "ZeroShotBatch":

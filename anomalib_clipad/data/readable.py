@@ -88,7 +88,7 @@ class ReadableDataLoader(DataLoader):
 
     def __init__(self, dataloader: DataLoader, each_once: bool = False) -> None:
         super().__init__(
-            _ReadableDataset(dataloader.dataset),  # type: ignore[arg-type]  # can_wrap: it is asked by number
+            ReadableDataset(dataloader.dataset),  # type: ignore[arg-type]  # can_wrap: it is asked by number
             batch_sampler=_unrepeated(dataloader.batch_sampler) if each_once else dataloader.batch_sampler,
             num_workers=dataloader.num_workers,
             collate_fn=_SkippingCollate(dataloader.collate_fn),
@@ -125,7 +125,18 @@ def _unrepeated(batches: Iterable[list[int]] | None) -> Iterable[list[int]] | No
     return BatchSampler(sampler, batches.batch_size, drop_last=False)
 
 
-class _ReadableDataset(Dataset):
+class ReadableDataset(Dataset):
+    """A data set whose items are None where their files cannot be read, see :class:`ReadableDataLoader`.
+
+    Args:
+        dataset: One of anomalib's, or any that gives items by number and names its files.
+
+    Example:
+        >>> from anomalib.data import PredictDataset
+        >>> ReadableDataset(PredictDataset(image_folder))[0].image.shape
+        torch.Size([3, 40, 60])
+    """
+
     def __init__(self, dataset: _Indexed) -> None:
         self.dataset = dataset
 

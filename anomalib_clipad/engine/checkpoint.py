@@ -34,6 +34,9 @@ EXTRA_STATE = "model._extra_state"  # torch's key of what the network keeps besi
 MOVED = {"model.score_min": "model.fusion.score_min", "model.score_max": "model.fusion.score_max"}
 # Unknown until there are labelled validation data, and NaN until then.
 MAY_BE_NAN = ("model.fusion.", "post_processor.")
+# Of any number, and of values that earlier versions did not have.
+GROWING = ("model.text_features", "model.references.patches", "model.references.means", "post_processor.good_scores")
+SINCE_REFERENCES = ("model.references.", "model.reference_fusion.", "post_processor.good_scores")
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
 
 
@@ -128,6 +131,8 @@ class CheckpointMixin(_Module):
         prompts = checkpoint["hyper_parameters"].get("prompts")
         if isinstance(prompts, PromptEnsemble):
             checkpoint["hyper_parameters"]["prompts"] = asdict(prompts)
+        if checkpoint["hyper_parameters"].get("few_shot_source") is not None:
+            checkpoint["hyper_parameters"]["few_shot_source"] = str(checkpoint["hyper_parameters"]["few_shot_source"])
         fitted = self.trainer.state.fn == TrainerFn.FITTING
         checkpoint[IDENTITY] = {**self.identity(), "class_names": list(self.model.class_names), "fitted": fitted}
 
@@ -179,6 +184,9 @@ class CheckpointMixin(_Module):
             if not isinstance(component, Callback) or not isinstance(component, nn.Module):
                 continue
             found, own = states.get(component.state_key, {}), component.state_dict()
+            for name in getattr(component, "growing", ()):  # of any length, and absent from earlier versions
+                own.pop(name)
+                found = {key: value for key, value in found.items() if key != name}
             if problem := difference(found, own, component.state_key):
                 raise damaged(problem)
             if found and set(found) != set(own):
@@ -191,14 +199,14 @@ def _moved(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    problems = [f"lacks {key}" for key in expected if key not in state]
+    problems = [f"lacks {key}" for key in expected if key not in state and not key.startswith(SINCE_REFERENCES)]
     for key, value in state.items():
         wanted = expected.get(key)
         if key == EXTRA_STATE:
             continue
         if not isinstance(value, torch.Tensor) or not isinstance(wanted, torch.Tensor):
             problems.append(f"has an unknown {key}" if wanted is None else f"has no tensor as {key}")
-        elif value.shape != wanted.shape and not (key == "model.text_features" and value.shape[1:] == wanted.shape[1:]):
+        elif value.shape != wanted.shape and not (key in GROWING and value.shape[1:] == wanted.shape[1:]):
             problems.append(f"has {key} of shape {tuple(value.shape)} instead of {tuple(wanted.shape)}")
         elif value.dtype != wanted.dtype:
             problems.append(f"has {key} of type {value.dtype} instead of {wanted.dtype}")

@@ -4,12 +4,12 @@ Mixins and not a base class: anomalib lists and finds direct subclasses of ``Ano
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import open_clip
 import torch
-from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, Batch, ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -24,6 +24,8 @@ from anomalib_clipad.components import (
     MapScale,
     Prediction,
     PromptEnsemble,
+    ReferenceBank,
+    ReferenceFusion,
     ScoreFusion,
     Scores,
     TextEncoder,
@@ -33,6 +35,7 @@ from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
+from anomalib_clipad.engine.normal_images import NormalImagesMixin
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
 
@@ -56,6 +59,8 @@ class ZeroShotNetwork(Protocol):
         text_features: (classes, 2, D) text vectors, normal and anomalous.
         class_names: The classes that these belong to.
         fusion: One image score from two.
+        references: Patches of normal images, if there are any.
+        reference_fusion: One map and one score from two where there are references.
         map_scale: Where the map balances.
         image_size: Height and width of the input in pixels.
         mean: Mean of the input's channels.
@@ -68,6 +73,8 @@ class ZeroShotNetwork(Protocol):
     text_features: torch.Tensor
     class_names: tuple[str, ...]
     fusion: ScoreFusion
+    references: ReferenceBank
+    reference_fusion: ReferenceFusion
     image_size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -76,11 +83,18 @@ class ZeroShotNetwork(Protocol):
     def map_scale(self) -> MapScale:
         """Where the map balances."""
 
+    @property
+    def score_limits(self) -> tuple[float, float]:
+        """Between what an image's score lies, as a rule."""
+
     def set_classes(self, class_names: Sequence[str]) -> None:
         """Encode the prompts of these classes."""
 
     def forget_classes(self) -> None:
         """Have no class."""
+
+    def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
+        """Compare all further images with these, and score these, each compared with the others."""
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """Map and scores of images."""
@@ -88,21 +102,22 @@ class ZeroShotNetwork(Protocol):
     def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
         """Map and scores of taps."""
 
+    def fuse(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+        """One score an image from two."""
+
+    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor) -> None:
+        """Take the ranges of both scores from labelled validation images."""
+
     def predictions(self, scores: Scores) -> Prediction:
         """The two scores of an image as one."""
 
 
-class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
+class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
     class_name: str | None
-    # Score ranges and thresholds of classes that were set before, for when they are set again.
-    _statistics: dict[tuple[str, ...], list[dict[str, torch.Tensor]]]
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Zero-shot: nothing is fitted, validation data only set thresholds."""
-        return LearningType.ZERO_SHOT
+    # Score ranges, references and thresholds of classes that were set before, for when they are set again.
+    _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]]]]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -143,10 +158,20 @@ class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):  # type: ignore
         """The paper's metrics, see :func:`anomalib_clipad.engine.metrics.paper_evaluator`."""
         return paper_evaluator()
 
-    def adopt(self, network: ZeroShotNetwork, class_name: str | None) -> None:
-        """Take over the network, and the class name as the user gave it."""
+    def adopt(
+        self,
+        network: ZeroShotNetwork,
+        class_name: str | None,
+        k_shot: int = 0,
+        few_shot_source: str | Path | None = None,
+        false_alarm_rate: float | None = None,
+        augment_references: bool = False,
+    ) -> None:
+        """Take over the network, and the arguments as the user gave them."""
         self.model = network
         self.class_name = class_name
+        self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
+        self._blank = [_copy(module.state_dict()) for module in self._calibrated()]
         self._statistics = {}
         if class_name is not None:
             network.prompts.prompts(class_name)  # refuses an empty name
@@ -170,12 +195,15 @@ class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):  # type: ignore
         self.prepare_classes()
 
     def prepare_classes(self) -> None:
-        """Encode the prompts of the class at hand, see :meth:`choose_class`."""
-        self.choose_class(self.class_name or _class_of(datamodule_of(self.trainer)))
+        """Encode the prompts of the class at hand, and prepare what comes from normal images."""
+        datamodule = datamodule_of(self.trainer)
+        self.choose_class(self.class_name or _class_of(datamodule))
+        self.prepare_normal_images(datamodule)
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
         self.choose_class(self.class_name or _class_of(datamodule))
+        self.prepare_normal_images(datamodule)
 
     def choose_class(self, name: str | None) -> None:
         """Encode the prompts of a class, unless a checkpoint has brought its text vectors."""
@@ -198,17 +226,17 @@ class ZeroShotMixin(CheckpointMixin, WholeExportMixin, _Module):  # type: ignore
         if name is not None and network.class_names != (name,):
             calibrated = self._calibrated()
             if network.class_names:
-                self._statistics[network.class_names] = [_copy(module.state_dict()) for module in calibrated]
+                states = [_copy(module.state_dict()) for module in calibrated]
+                self._statistics[network.class_names] = (self._normal_key, states)
             network.set_classes([name])
-            for module in calibrated:
-                for buffer in module.buffers(recurse=False):
-                    buffer.fill_(float("nan"))
-            for module, state in zip(calibrated, self._statistics.get((name,), ()), strict=False):
+            self._normal_key, states = self._statistics.get((name,), (None, self._blank))
+            for module, state in zip(calibrated, states, strict=True):
                 module.load_state_dict(state)
 
     def _calibrated(self) -> list[nn.Module]:
         """What holds statistics of the classes at hand."""
-        modules = (self.model.fusion, self.post_processor)
+        network = self.model
+        modules = (network.fusion, network.references, network.reference_fusion, self.post_processor)
         return [module for module in modules if isinstance(module, nn.Module)]
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's

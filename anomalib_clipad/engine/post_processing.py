@@ -1,28 +1,48 @@
 """From scores to what a user sees: values in [0, 1], labels and masks."""
 
+import logging
+import math
+from collections.abc import Iterable, MutableMapping
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
+from anomalib.data.utils import ValSplitMode
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics.aggregation import CatMetric
 
+from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.float32 import Float32Buffers
-from anomalib_clipad.components.scores import MapScale, Prediction, ScoreFusion
+from anomalib_clipad.components.scores import MapScale, Prediction, Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.engine.host import datamodule_of
+from anomalib_clipad.engine.metrics import AUROC, IMAGE_FIELDS
 
-STEP = 0.01  # as far below a score as its threshold may look for the next one
+if TYPE_CHECKING:
+    from anomalib_clipad.engine.module import ZeroShotNetwork
+
+logger = logging.getLogger(__name__)
+
+# anomalib's, of which thresholds and ranges are made.
+METRICS = tuple(f"_{level}_{kind}_metric" for level in ("image", "pixel") for kind in ("threshold", "min_max"))
+STEP = 0.01  # as far below a score as its threshold may look for the next one; the least range of scores, too
+LOWEST_AUROC = 0.6  # of validation images, below which the scores are of no use
 
 
 class ClipAdPostProcessor(Float32Buffers, PostProcessor):
-    """anomalib's post-processor for a model whose image score is made of two.
+    """anomalib's post-processor, with thresholds from labelled images, from normal ones alone, or from neither.
 
-    With labelled validation data the model's score fusion is fitted, and the thresholds of labels and masks are those
-    of the best F1. Without, an image is anomalous if its text score is above 0.5, a pixel if its map value is above the
-    centre of the model's scale, and that scale brings the map into (0, 1).
+    - Labelled validation images: the thresholds of the best F1.
+    - Normal images alone, references among them: what they score at most, or less for a higher false-alarm rate, see
+      :func:`anomalib_clipad.components.conformal_threshold`. A mask's threshold is made likewise from the largest map
+      value of each image, so that as many normal images show any marked pixel.
+    - Neither: an image is anomalous if its score is above 0.5, a pixel if its value is above the centre of the model's
+      scale, which brings the map into (0, 1).
+
+    A score or a pixel at its threshold becomes 0.5, so labels and masks follow what is shown.
 
     Args:
         map_scale: The model's, which brings its maps into (0, 1).
@@ -30,6 +50,8 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         enable_thresholding: Give labels and masks.
         image_sensitivity: Above 0.5 more images are called anomalous, below fewer.
         pixel_sensitivity: Likewise for pixels.
+        false_alarm_rate: Share of normal images that may be called anomalous. The thresholds are then set from normal
+            images alone, also where there are labelled ones.
 
     Example:
         >>> raw = Prediction(torch.tensor([0.6]), torch.zeros(1, 4, 4), torch.tensor([0.7]), torch.tensor([0.0]))
@@ -38,6 +60,10 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         (tensor([0.5000]), tensor([True]))
     """
 
+    growing = ("good_scores",)
+
+    good_scores: torch.Tensor
+
     def __init__(
         self,
         map_scale: MapScale,
@@ -45,6 +71,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         enable_thresholding: bool = True,
         image_sensitivity: float = 0.5,
         pixel_sensitivity: float = 0.5,
+        false_alarm_rate: float | None = None,
     ) -> None:
         super().__init__(
             enable_normalization=enable_normalization,
@@ -54,7 +81,24 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             pixel_sensitivity=pixel_sensitivity,
         )
         self.map_scale = map_scale
-        self._text_scores, self._map_scores, self._labels = CatMetric(), CatMetric(), CatMetric()
+        self.false_alarm_rate = false_alarm_rate
+        self.register_buffer("good_scores", torch.empty(0))  # image scores of normal images, ascending
+        self._normal = torch.empty(0, 4)  # of normal images from outside of the validation data, see _summary
+        self._references = 0
+        self._validated, self._labels = CatMetric(), CatMetric()
+
+    def set_from_normal(self, network: "ZeroShotNetwork", scored: Iterable[Scores], references: int) -> None:
+        """Set the thresholds from normal images.
+
+        Args:
+            network: What scored them.
+            scored: Their scores; those of references come first, each compared with the others. That takes for granted
+                that one reference fewer changes little; it rather raises the threshold.
+            references: How many of them are references.
+        """
+        self._normal = torch.cat([_summary(scores).cpu() for scores in scored])
+        self._references = references
+        self._set_conformal(network, self._normal)
 
     def on_validation_batch_end(  # type: ignore[override]  # anomalib hands on batches, not what Lightning names
         self,
@@ -68,8 +112,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         del pl_module, args, kwargs
         if outputs.gt_label is None or trainer.state.fn == TrainerFn.FITTING:
             return  # nothing to learn a threshold from, or not the data that thresholds are for
-        self._text_scores.update(cast("torch.Tensor", outputs.text_score))
-        self._map_scores.update(cast("torch.Tensor", outputs.map_score))
+        self._validated.update(_summary(outputs))
         self._labels.update(outputs.gt_label)
         self._pixel_threshold_metric.update(outputs)
         self._pixel_min_max_metric.update(outputs)
@@ -78,60 +121,159 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         """Have the score ranges fitted, and set the thresholds."""
         if not self._labels.update_called:
             return
-        text, maps = self._text_scores.compute().reshape(-1), self._map_scores.compute().reshape(-1)
-        scores = cast("ScoreFusion", cast("Any", pl_module).model.fusion).fit(text, maps)
+        network = cast("ZeroShotNetwork", pl_module.model)
+        summary = self._validated.compute().reshape(-1, 4)
         labels = self._labels.compute().reshape(-1).int()
-        epoch = cast("Batch", SimpleNamespace(pred_score=scores, gt_label=labels))
-        self._image_threshold_metric.update(epoch)
-        self._image_min_max_metric.update(epoch)
-        for metric in (self._text_scores, self._map_scores, self._labels):
-            metric.reset()
-        super().on_validation_epoch_end(trainer, pl_module)
-        if self.enable_thresholding and labels.any() and not labels.all():
+        if labels.any():
+            network.fit_fusion(*summary[:, :2].T)
+            scores = network.fuse(*summary[:, :2].T)
+            epoch = cast("Batch", SimpleNamespace(pred_score=scores, gt_label=labels))
+            self._image_threshold_metric.update(epoch)
+            self._image_min_max_metric.update(epoch)
+            super().on_validation_epoch_end(trainer, pl_module)
+            self._between_scores(scores, labels)
+            warn_of_degenerate(scores, labels, float(self._image_threshold))
+        normal = self._normal.to(summary)
+        if self.false_alarm_rate is not None or not labels.any():
+            normal = torch.cat([normal, summary[labels == 0]]) if self._may_use_validation(trainer) else normal
+            self._set_conformal(network, normal)
+        elif len(normal):
+            self.good_scores = network.fuse(*normal[:, :2].T).sort().values
+        for name in ("_validated", "_labels", *METRICS):
+            getattr(self, name).reset()
+
+    def _between_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
+        if self.enable_thresholding and not labels.all():
             # The best threshold is an image's own score, which is to be above it, in every format and precision.
             threshold = self._image_threshold
             lower = torch.where(scores < threshold, scores, -torch.inf).max().clamp(min=threshold - STEP)
             threshold.copy_((threshold + lower) / 2)
 
+    def _may_use_validation(self, trainer: Trainer) -> bool:
+        """Whether validation images count as normal ones: not where they are the test images, and there are others."""
+        data = datamodule_of(trainer)
+        return not len(self._normal) or data is None or data.val_split_mode != ValSplitMode.SAME_AS_TEST
+
+    def _set_conformal(self, network: "ZeroShotNetwork", normal: torch.Tensor) -> None:
+        if not len(normal):
+            logger.warning(
+                "There is no normal image to keep false_alarm_rate %s with, so the labels follow the best F1; give "
+                "normal images.",
+                self.false_alarm_rate,
+            )
+            return
+        scores = network.fuse(*normal[:, :2].T)
+        image, pixel = (conformal_threshold(values, self.false_alarm_rate) for values in (scores, normal[:, 2]))
+        self.good_scores = scores.sort().values.to(self.good_scores.device)
+        low, high = network.score_limits
+        reach = max(min(image.value - low, high - image.value), STEP)
+        self._set("image", image.value, reach)
+        # Most pixels of a normal image are shown as 0.
+        self._set("pixel", pixel.value, max(pixel.value - float(normal[:, 3].mean()), torch.finfo().tiny))
+        announce(image, self.false_alarm_rate, self._references)
+
+    def _set(self, level: str, threshold: float, reach: float) -> None:
+        """Set a threshold, and the range in which scores are told apart: as far below it as above."""
+        getattr(self, f"_{level}_threshold").fill_(threshold)
+        getattr(self, f"{level}_min").fill_(threshold - reach)
+        getattr(self, f"{level}_max").fill_(threshold + reach)
+
     def post_process_batch(self, batch: Batch) -> None:
-        """Normalise and threshold a batch in place."""
+        """Normalise and threshold a batch in place, and give p-values where scores of normal images are known."""
         ours = cast("ZeroShotBatch", batch)
         prediction = Prediction(*(getattr(ours, name) for name in Prediction._fields))
+        if len(self.good_scores):
+            ours.p_value = p_values(prediction.pred_score, self.good_scores)
         batch.update(**self(prediction)._asdict())
 
-    def forward(self, predictions: Prediction) -> InferenceBatch:  # type: ignore[override]  # it needs both scores
+    def forward(self, predictions: Prediction) -> InferenceBatch:  # type: ignore[override]  # it needs our fields
         """Normalise and threshold what the network returned.
 
         Args:
             predictions: The network's output.
 
         Returns:
-            Scores and maps in [0, 1]; labels and masks by threshold where one is known, else by rule.
+            Scores and maps in [0, 1]; labels and masks by threshold where one is known, else by rule. What is not a
+            number is anomalous.
         """
-        score, anomaly_map, text_score, _ = predictions
+        score, anomaly_map, *_ = predictions
+        shown_score = self._shown("image", score, score.clamp(0, 1))
+        shown_map = self._shown("pixel", anomaly_map, self.map_scale.squash(anomaly_map))
         label = mask = None
         if self.enable_thresholding:
-            # What is not a number is anomalous.
-            label = self._threshold(score, ~(text_score <= 0.5), "image", self.image_sensitivity)
-            mask = self._threshold(
-                anomaly_map, ~(anomaly_map <= self.map_scale.centre), "pixel", self.pixel_sensitivity
-            )
+            label = ~(shown_score <= 1 - self.image_sensitivity)
+            mask = ~(shown_map <= 1 - self.pixel_sensitivity)
         if self.enable_normalization:
-            score = score.clamp(0, 1)
-            anomaly_map = torch.where(
-                self.pixel_threshold.isnan(),
-                self.map_scale.squash(anomaly_map),
-                cast("torch.Tensor", self._normalize(anomaly_map, *self._range("pixel"))),
-            )
+            score, anomaly_map = shown_score, shown_map
         return InferenceBatch(score, label, anomaly_map, mask)
 
-    def _threshold(self, scores: torch.Tensor, by_rule: torch.Tensor, level: str, sensitivity: float) -> torch.Tensor:
-        threshold = getattr(self, f"{level}_threshold")
-        above = cast("torch.Tensor", self._normalize(scores, *self._range(level))) > 1 - sensitivity
-        # Not torch.where, which ONNX Runtime has no implementation of for truth values.
-        return (by_rule & threshold.isnan()) | (above & ~threshold.isnan())
-
-    def _range(self, level: str) -> tuple[torch.Tensor, ...]:
-        """Minimum, maximum and threshold; finite where unknown, since quantisers stumble over branches not taken."""
+    def _shown(self, level: str, values: torch.Tensor, by_rule: torch.Tensor) -> torch.Tensor:
+        """Values in [0, 1], the threshold at 0.5."""
+        # Finite where unknown, since quantisers stumble over branches not taken.
         unknown = {"min": 0.0, "max": 1.0, "threshold": 0.5}
-        return tuple(getattr(self, f"{level}_{key}").nan_to_num(value) for key, value in unknown.items())
+        limits = (getattr(self, f"{level}_{key}").nan_to_num(value) for key, value in unknown.items())
+        normalised = cast("torch.Tensor", self._normalize(values, *limits))
+        return torch.where(getattr(self, f"{level}_threshold").isnan(), by_rule, normalised)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - torch's
+        **kwargs: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        state_dict.setdefault(f"{prefix}good_scores", self.good_scores[:0])  # written by a version without them
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _summary(scores: Scores | ZeroShotBatch) -> torch.Tensor:
+    """(B, 4) of a batch: text score, map score, largest and mean map value."""
+    maps = cast("torch.Tensor", scores.anomaly_map)
+    largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
+    text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
+    return torch.stack([text, whole, largest, mean], dim=1).float()
+
+
+def announce(threshold: ConformalThreshold, rate: float | None, references: int) -> None:
+    """Say what false-alarm rate to expect, and which one could not be had.
+
+    Example:
+        >>> announce(ConformalThreshold(value=0.7, images=19, rank=19), rate=0.05, references=4)
+    """
+    count = threshold.images
+    which = f"{count} normal image{'s' if count > 1 else ''}"
+    if references == count:
+        which += ", all of them references" if count > 1 else ", the reference"
+    elif references:
+        which += f", {references} of them references"
+    worth = f"{threshold.expected_rate:.1%} expected, at most {threshold.upper_rate:.1%} with 95 % confidence"
+    if rate is not None and threshold.expected_rate > rate + 1e-9:
+        words = "A false-alarm rate of %s needs %d normal images. The largest score of %s is the threshold: %s."
+        logger.warning(words, f"{rate:.1%}", math.ceil(1 / rate - 1e-9) - 1, which, worth)
+    else:
+        logger.info("Thresholds are set from %s. False-alarm rate: %s.", which, worth)
+
+
+def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: float) -> None:
+    """Say where labelled images show that the scores or the threshold are of no use.
+
+    Args:
+        scores: (N,) image scores.
+        labels: (N,) 1 where anomalous.
+        threshold: Threshold of the scores.
+
+    Example:
+        >>> warn_of_degenerate(torch.tensor([0.1, 0.9]), torch.tensor([0, 1]), threshold=0.5)
+    """
+    advice = "check class_name and prompts, or give normal images by few_shot_source or k_shot"
+    if not labels.any() or labels.all():
+        return
+    metric = AUROC(fields=IMAGE_FIELDS)
+    metric.update(cast("Batch", SimpleNamespace(raw_score=scores, gt_label=labels)))
+    auroc = float(metric.compute())
+    if auroc < LOWEST_AUROC:
+        words = "The scores hardly tell anomalous validation images from normal ones (AUROC %.2f); %s."
+        logger.warning(words, auroc, advice)
+    elif (scores > threshold).all() or (scores <= threshold).all():
+        found = "anomalous" if (scores > threshold).all() else "normal"
+        logger.warning("At the threshold of the best F1 all validation images are %s; %s.", found, advice)

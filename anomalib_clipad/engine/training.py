@@ -64,8 +64,8 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
 
     @property
     def learning_type(self) -> LearningType:
-        """Zero-shot once it is trained; until then anomalib's engine must be willing to train it."""
-        return LearningType.ZERO_SHOT if self.trained else LearningType.ONE_CLASS
+        """Zero-shot or few-shot once it is trained; until then anomalib's engine must be willing to train it."""
+        return super().learning_type if self.trained else LearningType.ONE_CLASS
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on the trained layers."""

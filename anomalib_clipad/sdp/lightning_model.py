@@ -1,5 +1,6 @@
 """SDP in anomalib's engine and command line."""
 
+from pathlib import Path
 from typing import Any
 
 from anomalib.metrics import Evaluator
@@ -7,6 +8,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from torch import nn
 
+from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
 
@@ -34,6 +36,14 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
             backbone's own; others by interpolated position embeddings.
         sigma: Standard deviation, in pixels, of the smoothing of the anomaly map. By default 8 at 240 pixels and in
             proportion at other sizes.
+        k_shot: Number of normal images to compare with, drawn by the seed from the data's training split or from
+            few_shot_source. With 0, none, or all of few_shot_source where it is given.
+        few_shot_source: Folder of normal images to compare with.
+        augment_references: Compare with the flipped and turned normal images, too.
+        max_references: Most patches of normal images to compare with at a tap; of more, a coreset is chosen.
+        false_alarm_rate: Share of normal images that may be called anomalous, such as 0.05. The thresholds are then set
+            from the scores of normal images alone: those of the training split, of few_shot_source and of the
+            validation data.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
         evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
@@ -60,6 +70,11 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         prompts: str | dict[str, Any] = "industrial",
         image_size: int | tuple[int, int] | None = None,
         sigma: float | None = None,
+        k_shot: int = 0,
+        few_shot_source: str | Path | None = None,
+        augment_references: bool = False,
+        max_references: int = MOST_PATCHES,
+        false_alarm_rate: float | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -73,6 +88,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
             prompts=prompts,
             image_size=image_size,
             sigma=sigma,
+            max_references=max_references,
         )
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
-        self.adopt(model, class_name)
+        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references)

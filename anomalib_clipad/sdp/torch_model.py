@@ -3,8 +3,9 @@
 CLIP-AD (arXiv 2311.00453), section 3. Nothing is trained.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import open_clip
 import torch
@@ -18,10 +19,13 @@ from anomalib_clipad.components import (
     Float32Buffers,
     GaussianSmoothing,
     PromptEnsemble,
+    ReferenceBank,
+    ReferenceFusion,
     TextEncoder,
     feature_surgery,
     load_backbone,
 )
+from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
 from anomalib_clipad.components.text_encoder import Tokenizer
@@ -42,6 +46,7 @@ class ClipAdSdpModel(Float32Buffers):
         prompts: Prompt ensemble, see :meth:`anomalib_clipad.components.PromptEnsemble.from_config`.
         image_size: Side, or height and width, of the input in pixels; the tower's own by default.
         sigma: Standard deviation of the map's smoothing in pixels; 8 at 240 pixels by default, in proportion.
+        max_references: Most patches of references a tap, see :class:`anomalib_clipad.components.ReferenceBank`.
         clip: A ready open_clip model to use instead of loading one. Its vision tower is frozen and set to eval mode in
             place: give a copy of a CLIP that is still being trained.
         tokenizer: Tokenizer of ``clip``; open_clip's standard one by default.
@@ -60,9 +65,11 @@ class ClipAdSdpModel(Float32Buffers):
         (torch.Size([3, 32, 32]), torch.Size([3]))
     """
 
+    growing = ("text_features",)
+
     text_features: torch.Tensor
     text_encoder: TextEncoder | None  # none in an exported model
-    with_original = False  # whether the original path's taps are needed
+    needs_original = False  # whether the map needs the original path's taps
 
     def __init__(
         self,
@@ -74,6 +81,7 @@ class ClipAdSdpModel(Float32Buffers):
         prompts: str | Mapping[str, Sequence[str]] | PromptEnsemble = "industrial",
         image_size: int | tuple[int, int] | None = None,
         sigma: float | None = None,
+        max_references: int = MOST_PATCHES,
         clip: nn.Module | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
@@ -96,6 +104,8 @@ class ClipAdSdpModel(Float32Buffers):
         self.sigma = PAPER_SIGMA * self.image_size[0] / PAPER_SIZE if sigma is None else sigma
         self.smoothing = GaussianSmoothing(self.image_size, self.sigma)
         self.fusion = ScoreFusion(self.map_scale)
+        self.references = ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, max_references)
+        self.reference_fusion = ReferenceFusion()
 
         self.class_names: tuple[str, ...] = ()
         self.register_buffer("text_features", torch.empty(0, 2, self.visual.embed_dim))  # normal, anomalous
@@ -125,13 +135,55 @@ class ClipAdSdpModel(Float32Buffers):
         vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
         self.text_features = torch.stack(vectors).to(self.text_features.device)
         self.class_names = tuple(class_names)
-        self.fusion.reset()
+        self._forget_images()
 
     def forget_classes(self) -> None:
-        """Have no class and no score ranges, as at the beginning."""
+        """Have no class, no score ranges and no references, as at the beginning."""
         self.class_names = ()
         self.text_features = self.text_features[:0]
+        self._forget_images()
+
+    def _forget_images(self) -> None:
         self.fusion.reset()
+        self.references.reset()
+        self.reference_fusion.reset()
+
+    @torch.no_grad()
+    def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
+        """Compare all further images with these normal ones, too.
+
+        Args:
+            images: Batches (b, 3, H, W) of normal images of the first class, as :meth:`forward` takes them.
+            augment: Whether the images are taken flipped and turned as well: eight ways, four if they are not square.
+
+        Returns:
+            What each of the k images scores when it is compared with the others, see
+            :meth:`anomalib_clipad.components.ReferenceBank.fit`.
+
+        Raises:
+            InputError: If no class is set, or an image is of another size, or not finite.
+        """
+        text_features = self.select_text_features()
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        tokens: list[list[list[torch.Tensor]]] = []  # of every view of an image, then of every tap and batch
+        for batch in images:
+            views = list(_views(batch)) if augment else [batch]
+            features = [self.taps(view) for view in views]
+            tokens.append([one.original for one in features])
+            with torch.autocast(text_features.device.type, enabled=False):
+                found.append(self._text_scores(features[0], text_features))
+        if not found:
+            msg = "There is no image to take as a reference; give at least one batch."
+            raise InputError(msg)
+        text_maps, text_scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+        original = [
+            torch.cat([torch.cat([batch[view][tap] for batch in tokens]) for view in range(len(tokens[0]))])
+            for tap in range(len(self.visual.layers))
+        ]
+        with torch.autocast(text_features.device.type, enabled=False):
+            maps = self._enlarge_smoothly(self.references.fit(original, len(text_maps)))
+            self.reference_fusion.fit(text_maps, maps, text_scores)
+            return self._with_references(text_maps, maps, text_scores)
 
     def get_extra_state(self) -> dict[str, list[str]]:
         """What a state dict keeps beside tensors: the classes that the text vectors belong to."""
@@ -140,18 +192,6 @@ class ClipAdSdpModel(Float32Buffers):
     def set_extra_state(self, state: Mapping[str, Sequence[str]]) -> None:
         """Take over the classes of a state dict."""
         self.class_names = tuple(state["class_names"])
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, torch.Tensor],
-        prefix: str,
-        *args: Any,  # noqa: ANN401 - torch's
-        **kwargs: Any,  # noqa: ANN401 - torch's
-    ) -> None:
-        text_features = state_dict.get(f"{prefix}text_features")
-        if text_features is not None and text_features.shape[1:] == self.text_features.shape[1:]:
-            self.text_features = torch.empty_like(text_features, device=self.text_features.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "ClipAdSdpModel":
         """Set the training mode; CLIP is frozen and stays in eval mode."""
@@ -168,7 +208,8 @@ class ClipAdSdpModel(Float32Buffers):
             class_index: (B,) index into ``class_names``; the first class for all by default.
 
         Returns:
-            The map, its two scores, and both as one, see :class:`anomalib_clipad.components.ScoreFusion`.
+            The map, its two scores, and both as one, see :class:`anomalib_clipad.components.ScoreFusion`, or with
+            references :class:`anomalib_clipad.components.ReferenceFusion`.
 
         Raises:
             InputError: If no class is set, or the images or the index are of another shape or type.
@@ -177,17 +218,37 @@ class ClipAdSdpModel(Float32Buffers):
 
     def predictions(self, scores: Scores) -> Prediction:
         """The two scores of an image as one."""
-        fused = self.fusion(scores.text_score, scores.map_score)
+        fused = self.fuse(scores.text_score, scores.map_score)
         return Prediction(fused, scores.anomaly_map, scores.text_score, scores.map_score)
+
+    def fuse(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+        """One score an image from two, (B,) each."""
+        if self.references.fitted:
+            return self.reference_fusion.fuse_scores(text_score, map_score)
+        return self.fusion(text_score, map_score)
+
+    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor) -> None:
+        """Take the ranges of both scores from labelled validation images; with references they are not needed."""
+        if not self.references.fitted:
+            self.fusion.fit(text_score, map_score)
+
+    @property
+    def score_limits(self) -> tuple[float, float]:
+        """Between what an image's score lies, as a rule: with references it counts units above a normal image."""
+        return (0.0, math.inf) if self.references.fitted else (0.0, 1.0)
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of images, see :meth:`forward`."""
+        with_original = self.needs_original or self.references.fitted
+        return self.scores_of(self.taps(images, with_original), class_index)
+
+    def taps(self, images: torch.Tensor, with_original: bool = True) -> DualPathFeatures:
+        """The features of images of the model's size, without gradients."""
         if images.shape[-2:] != self.image_size:
             msg = f"The model takes images of {self.image_size} pixels, got {tuple(images.shape[-2:])}; resize them."
             raise InputError(msg)
         with torch.no_grad():
-            features = self.visual(images, with_original=self.with_original)
-        return self.scores_of(features, class_index)
+            return self.visual(images, with_original=with_original)
 
     def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of taps computed before; in float32, whatever the tower's precision."""
@@ -198,9 +259,21 @@ class ClipAdSdpModel(Float32Buffers):
             )
             raise InputError(msg)
         with torch.autocast(text_features.device.type, enabled=False):
-            anomaly_map = self.smoothing(self.map_before_smoothing(features, text_features))
-            text = text_score(features.surgery[-1], text_features)
-            return Scores(anomaly_map, text, anomaly_map.amax(dim=(-2, -1)))
+            text_map, text = self._text_scores(features, text_features)
+            if not self.references.fitted:
+                return Scores(text_map, text, text_map.amax(dim=(-2, -1)))
+            return self._with_references(text_map, self._enlarge_smoothly(self.references(features.original)), text)
+
+    def _text_scores(
+        self, features: DualPathFeatures, text_features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map (B, H, W) and score (B,) of the comparison with the text vectors."""
+        text_map = self.smoothing(self.map_before_smoothing(features, text_features))
+        return text_map, text_score(features.surgery[-1], text_features)
+
+    def _with_references(self, text_map: torch.Tensor, reference_map: torch.Tensor, text: torch.Tensor) -> Scores:
+        anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map)
+        return Scores(anomaly_map, text, self.reference_fusion.map_score(anomaly_map))
 
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """The map of a batch before smoothing, (B, H, W)."""
@@ -208,9 +281,15 @@ class ClipAdSdpModel(Float32Buffers):
 
     def similarity_map(self, surgery: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
         """Anomalous score of the patches after surgery, resized bilinearly: (B, H, W)."""
-        patches = feature_surgery(surgery, text_features)[:, 1:, 1]
+        return self._enlarge_patches(feature_surgery(surgery, text_features)[:, 1:, 1])
+
+    def _enlarge_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, N) to (B, H, W), bilinearly."""
         patches = patches.reshape(-1, 1, *self.grid)
         return F.interpolate(patches, size=self.image_size, mode="bilinear", align_corners=False)[:, 0]
+
+    def _enlarge_smoothly(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.smoothing(self._enlarge_patches(patches))
 
     def select_text_features(self, class_index: torch.Tensor | None = None) -> torch.Tensor:
         """Text vectors of a batch: (B, 2, D) by class, or (2, D) of the first class for all images.
@@ -232,6 +311,15 @@ class ClipAdSdpModel(Float32Buffers):
             msg = f"class_index must lie in 0 to {len(self.text_features) - 1}, got {class_index.tolist()}."
             raise InputError(msg)
         return self.text_features[class_index]
+
+
+def _views(images: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Images as they are, then flipped and turned."""
+    square = images.shape[-2] == images.shape[-1]
+    for quarters in range(4) if square else (0, 2):
+        turned = images.rot90(quarters, (-2, -1))
+        yield turned
+        yield turned.flip(-1)
 
 
 def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
 from torch import nn
 
+from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.training import AuxiliaryTrainingMixin
 from anomalib_clipad.sdp_plus.adapter import load_adapter, save_adapter
@@ -38,6 +39,14 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         image_size: Side of the input in pixels, or height and width; multiples of the patch size.
         sigma: Standard deviation, in pixels, of the smoothing of the anomaly map. By default 8 at 240 pixels and in
             proportion at other sizes; the paper's VisA runs use 2.
+        k_shot: Number of normal images to compare with, drawn by the seed from the data's training split or from
+            few_shot_source. With 0, none, or all of few_shot_source where it is given.
+        few_shot_source: Folder of normal images to compare with.
+        augment_references: Compare with the flipped and turned normal images, too.
+        max_references: Most patches of normal images to compare with at a tap; of more, a coreset is chosen.
+        false_alarm_rate: Share of normal images that may be called anomalous, such as 0.05. The thresholds are then set
+            from the scores of normal images alone: those of the training split, of few_shot_source and of the
+            validation data.
         lr: Learning rate of Adam.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
@@ -69,6 +78,11 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         prompts: str | dict[str, Any] = "industrial",
         image_size: int | tuple[int, int] | None = None,
         sigma: float | None = None,
+        k_shot: int = 0,
+        few_shot_source: str | Path | None = None,
+        augment_references: bool = False,
+        max_references: int = MOST_PATCHES,
+        false_alarm_rate: float | None = None,
         lr: float = 1e-4,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -83,11 +97,12 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             prompts=prompts,
             image_size=image_size,
             sigma=sigma,
+            max_references=max_references,
         )
         if evaluator is True and adapter is None:
             evaluator = paper_evaluator(validate=True)
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
-        self.adopt(model, class_name)
+        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references)
         trained_on = (
             load_adapter(model.adapter, adapter, self.fingerprint, model.visual.layers) if adapter is not None else None
         )

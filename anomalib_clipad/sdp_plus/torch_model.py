@@ -34,7 +34,7 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         816
     """
 
-    with_original = True
+    needs_original = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of SDP
         super().__init__(*args, **kwargs)

@@ -1,0 +1,300 @@
+"""References: patches of a few normal images, and how far a patch is from the nearest of them.
+
+The bank holds tokens of CLIP's own path, as in WinCLIP+ (arXiv 2303.14814), APRIL-GAN (arXiv 2305.17382) and PromptAD
+(arXiv 2404.05231). Bringing both maps to the units of the normal images, and the image score, are ours; the figures are
+in ``benchmarks/references.md``.
+"""
+
+import logging
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.models.components.sampling import KCenterGreedy
+from torch.nn import functional as F
+
+from anomalib_clipad.components.float32 import Float32Buffers
+from anomalib_clipad.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MOST_PATCHES = 10_000  # of a bank, a tap; 44 images at 240 pixels
+LARGEST_SHARE = 0.1  # of a map's pixels, whose mean is the map's score
+TEXT_WEIGHT = 0.5  # of the text score beside the map's, both in units of the normal images
+LOGIT_BOUND = 1e-6  # text scores nearer to 0 or 1 count as this
+
+
+def neighbourhood_means(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Mean of every patch and its up to eight neighbours, of unit length again; padding does not count.
+
+    Args:
+        patches: (B, N, W) unit vectors, row by row.
+        grid: Rows and columns of patches.
+
+    Returns:
+        (B, N, W) unit vectors.
+
+    Example:
+        >>> neighbourhood_means(torch.eye(2)[None], (1, 2))
+        tensor([[[0.7071, 0.7071],
+                 [0.7071, 0.7071]]])
+    """
+    planes = patches.transpose(1, 2).unflatten(2, grid)
+    means = F.avg_pool2d(planes, 3, stride=1, padding=1, count_include_pad=False)
+    return F.normalize(means.flatten(2).transpose(1, 2), dim=-1)
+
+
+class ReferenceBank(Float32Buffers):
+    r"""Patches of normal images at every tap; measures how far other patches are from the nearest of them.
+
+    The distance of a patch is :math:`\tfrac12 (1 - \max_b \cos(p, b))`, in [0, 1]: the mean over the taps, once between
+    patches and once between the means of 3 x 3 patches, averaged.
+
+    Patches are kept in half precision and compared in float32. So a bank from a checkpoint gives the same distances.
+
+    Args:
+        taps: Number of taps.
+        width: Width W of the tokens.
+        grid: Rows and columns of patches of an image.
+        max_patches: Most patches a tap; of more, anomalib's coreset sampling keeps as many.
+
+    Raises:
+        InputError: If ``max_patches`` is not a whole number above 0.
+
+    Example:
+        >>> bank = ReferenceBank(taps=2, width=8, grid=(3, 4))
+        >>> references = [torch.randn(5, 13, 8) for _ in range(2)]  # class token first
+        >>> bank.fit(references).shape
+        torch.Size([5, 12])
+        >>> bank([tokens[:1] for tokens in references]).abs().max() < 1e-3
+        tensor(True)
+    """
+
+    growing = ("patches", "means")
+
+    patches: torch.Tensor
+    means: torch.Tensor
+    bank: torch.Tensor
+
+    def __init__(self, taps: int, width: int, grid: tuple[int, int], max_patches: int = MOST_PATCHES) -> None:
+        super().__init__()
+        if type(max_patches) is not int or max_patches < 1:
+            msg = f"max_references must be a whole number of patches above 0, got {max_patches!r}."
+            raise InputError(msg)
+        self.grid = grid
+        self.max_patches = max_patches
+        empty = torch.empty(0, taps, width, dtype=torch.half)
+        self.register_buffer("patches", empty)  # (M, taps, W)
+        self.register_buffer("means", empty.clone())  # likewise; empty where the bank has all patches of its images
+        self.register_buffer("bank", torch.empty(2, taps, 0, width), persistent=False)  # what is compared
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there are references."""
+        return len(self.patches) > 0
+
+    def reset(self) -> None:
+        """Have no references."""
+        self.patches, self.means, self.bank = self.patches[:0], self.means[:0], self.bank[:, :, :0]
+
+    @torch.no_grad()
+    def fit(self, original: Sequence[torch.Tensor], images: int | None = None) -> torch.Tensor:
+        """Take over the patches of normal images.
+
+        Args:
+            original: One (views * k, N + 1, W) tensor a tap, tokens of CLIP's own path, class token first: k images as
+                they are, then the same k in other views, such as flipped.
+            images: Number k of images; all are images of their own by default.
+
+        Returns:
+            (k, N) distances of every image's patches from those of the other images. A single image has no others:
+            each patch is then compared with the image's patches outside of its own 3 x 3 neighbourhood.
+
+        Raises:
+            InputError: If the tokens are of another shape, or not finite.
+        """
+        self._check(original)
+        total, count = original[0].shape[0], self.grid[0] * self.grid[1]
+        images = images or total
+        self.patches = torch.stack([_unit(tokens) for tokens in original], dim=2).flatten(0, 1).half()
+        self.means = self.patches[:0]
+        owner = (torch.arange(total, device=self.patches.device) % images).repeat_interleave(count)
+        self._prepare()
+        whole = self.bank[:, :, : images * count].unflatten(2, (images, count))  # (2, taps, k, N, W)
+        if len(self.patches) > self.max_patches:
+            kept = self._coreset()
+            # Of some patches the neighbours are gone, so the means are kept too.
+            means = self.bank[1].transpose(0, 1)[kept].half()
+            self.patches, self.means, owner = self.patches[kept], means, owner[kept]
+            self._prepare()
+        if images == 1:
+            return self._distance(whole[:, :, :1], whole[:, :, 0], ~self._near())
+        others = (owner != torch.arange(images, device=owner.device)[:, None])[:, None]  # (k, 1, M)
+        return torch.cat([self._distance(whole[:, :, k : k + 1], self.bank, others[k]) for k in range(images)])
+
+    def forward(self, original: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Distances of the patches of images.
+
+        Args:
+            original: One (B, N + 1, W) tensor a tap, class token first.
+
+        Returns:
+            (B, N) in [0, 1].
+
+        Raises:
+            InputError: If there are no references.
+        """
+        if not self.fitted:
+            msg = "There are no references to compare with; call fit with tokens of normal images first."
+            raise InputError(msg)
+        patches = torch.stack([_unit(tokens) for tokens in original])  # (taps, B, N, W)
+        means = torch.stack([neighbourhood_means(tokens, self.grid) for tokens in patches])
+        return self._distance(torch.stack([patches, means]), self.bank)
+
+    @staticmethod
+    def _distance(patches: torch.Tensor, bank: torch.Tensor, comparable: torch.Tensor | None = None) -> torch.Tensor:
+        """(2, taps, B, N, W) against (2, taps, M, W): (B, N); ``comparable`` tells which pairs (N or 1, M) count."""
+        total = torch.zeros((), device=patches.device)
+        for kind, ours in zip(patches, bank, strict=True):
+            for tokens, references in zip(kind, ours, strict=True):
+                cosines = tokens @ references.T  # (B, N, M)
+                if comparable is not None:
+                    cosines = cosines.masked_fill(~comparable, -1.0)
+                total = total + (1 - cosines.amax(dim=-1))
+        return 0.5 * total / (patches.shape[0] * patches.shape[1])
+
+    def _near(self) -> torch.Tensor:
+        """(N, N), whether two patches of an image are the same or neighbours."""
+        rows, columns = (side.flatten() for side in torch.meshgrid(*map(torch.arange, self.grid), indexing="ij"))
+        near = ((rows[:, None] - rows).abs() <= 1) & ((columns[:, None] - columns).abs() <= 1)
+        return near.to(self.patches.device)
+
+    def _prepare(self) -> None:
+        """Make what is compared from what is kept."""
+        taps, width = self.patches.shape[1:]
+        patches = F.normalize(self.patches.float(), dim=-1).transpose(0, 1)  # (taps, M, W)
+        if len(self.means):
+            means = F.normalize(self.means.float(), dim=-1).transpose(0, 1)
+        else:
+            images = patches.reshape(-1, self.grid[0] * self.grid[1], width)
+            means = neighbourhood_means(images, self.grid).reshape(taps, -1, width)
+        self.bank = torch.stack([patches, means])
+
+    def _coreset(self) -> torch.Tensor:
+        """Numbers of the patches to keep, which are spread over all there are; the same ones each time."""
+        logger.info("Choosing %d of %d patches of the references.", self.max_patches, len(self.patches))
+        features = self.bank[0].transpose(0, 1).flatten(1)
+        with torch.random.fork_rng(devices=[features.device] if features.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            sampler: Any = KCenterGreedy(features, (self.max_patches + 0.5) / len(features))
+            sampler.model.random_state = np.random.RandomState(0)  # scikit-learn takes no newer kind of generator
+            return torch.as_tensor([int(index) for index in sampler.select_coreset_idxs()], device=features.device)
+
+    def _check(self, original: Sequence[torch.Tensor]) -> None:
+        taps, width = self.patches.shape[1:]
+        tokens = 1 + self.grid[0] * self.grid[1]
+        shapes = [tuple(tap.shape) if isinstance(tap, torch.Tensor) else type(tap).__name__ for tap in original]
+        if len(shapes) != taps or len(set(shapes)) != 1 or shapes[0][1:] != (tokens, width) or not shapes[0][0]:
+            msg = f"References need {taps} tensors of shape (k, {tokens}, {width}), one a tap, got {shapes}."
+            raise InputError(msg)
+        if not all(tap.isfinite().all() for tap in original):
+            msg = "Some references are not finite; look at the pixel values of the images."
+            raise InputError(msg)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - torch's
+        **kwargs: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        for name in self.growing:  # a state dict of a version without references has none
+            state_dict.setdefault(prefix + name, getattr(self, name)[:0])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._prepare()
+
+
+class ReferenceFusion(Float32Buffers):
+    """One map from two and one score from two, each in units of what it does on the normal images.
+
+    A value's unit is its standard deviation over the references, counted from its mean there. So a map that fires on
+    normal images too has less to say. No statistics of test images are used.
+
+    Example:
+        >>> fusion = ReferenceFusion()
+        >>> fusion.fit(torch.rand(4, 8, 8), torch.rand(4, 8, 8), torch.rand(4))
+        >>> anomaly_map = fusion.fuse_maps(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
+        >>> fusion.fuse_scores(torch.rand(2), fusion.map_score(anomaly_map)).shape
+        torch.Size([2])
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of the text map, the reference map, and the text score's logit.
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+
+    def fit(self, text_maps: torch.Tensor, reference_maps: torch.Tensor, text_scores: torch.Tensor) -> None:
+        """Measure the units.
+
+        The logits are few, so one more, a logit away from their mean, is added to their variance.
+
+        Args:
+            text_maps: (k, H, W), of the references.
+            reference_maps: (k, H, W), of each compared with the others.
+            text_scores: (k,) in [0, 1].
+        """
+        logits = _logit(text_scores)
+        values = [maps.double() for maps in (text_maps, reference_maps)]
+        mean = torch.stack([*(maps.mean() for maps in values), logits.double().mean()])
+        variance = torch.stack([*(maps.var(correction=0) for maps in values), logits.double().var(correction=0)])
+        variance[2] += (1 - variance[2]) / (len(logits) + 1)
+        self.mean.copy_(mean)
+        # A map that is flat on the references has no unit; rounding is not to become one.
+        self.std.copy_(variance.sqrt().clamp(min=1e-6))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - torch's
+        **kwargs: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        self.reset()  # which stays where a version without references has written the state dict
+        for name in ("mean", "std"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Have no units."""
+        self.mean.zero_()
+        self.std.fill_(1)
+
+    def fuse_maps(self, text_map: torch.Tensor, reference_map: torch.Tensor) -> torch.Tensor:
+        """Sum of two maps (B, H, W) in their units."""
+        maps = torch.stack([text_map, reference_map], dim=-1)
+        return ((maps - self.mean[:2]) / self.std[:2]).sum(dim=-1)
+
+    @staticmethod
+    def map_score(anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Mean of the largest tenth of a map: (B, H, W) to (B,)."""
+        pixels = anomaly_map.flatten(1)
+        return pixels.topk(max(1, round(LARGEST_SHARE * pixels.shape[1])), dim=1).values.mean(dim=1)
+
+    def fuse_scores(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+        """The image score, (B,): the map's score and half of the text score's logit in its unit."""
+        return map_score + TEXT_WEIGHT * (_logit(text_score) - self.mean[2]) / self.std[2]
+
+
+def _unit(tokens: torch.Tensor) -> torch.Tensor:
+    """Patches of unit length, without the class token: (B, N + 1, W) to (B, N, W) in float32."""
+    return F.normalize(tokens[:, 1:].float(), dim=-1)
+
+
+def _logit(score: torch.Tensor) -> torch.Tensor:
+    bounded = score.clamp(LOGIT_BOUND, 1 - LOGIT_BOUND)
+    return (bounded / (1 - bounded)).log()

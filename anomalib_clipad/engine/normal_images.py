@@ -1,0 +1,242 @@
+"""Normal images: where they come from, references from some of them, thresholds from the scores of all."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, ImageItem
+from anomalib.data.utils import get_image_filenames, read_image
+from anomalib.models.components import AnomalibModule
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from anomalib_clipad.components import Scores
+from anomalib_clipad.components.conformal import check_rate
+from anomalib_clipad.data.readable import ReadableDataset
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+from anomalib_clipad.errors import InputError
+
+if TYPE_CHECKING:
+    from anomalib_clipad.engine.module import ZeroShotNetwork
+
+    _Module = AnomalibModule
+else:
+    _Module = object  # anomalib takes every direct subclass of its module for a model
+
+logger = logging.getLogger(__name__)
+
+BATCH = 8  # images scored at once
+MOST_REFERENCES = 200  # images; the features of more take too much memory
+SEED = "PL_GLOBAL_SEED"  # where Lightning's seed_everything leaves its seed, for other processes too
+
+
+class NormalImages:
+    """Normal images in the order of a seeded draw, the same in every process.
+
+    Args:
+        paths: Their files.
+        transform: From an image of any size in [0, 1] to the network's input.
+
+    Example:
+        >>> images = NormalImages.of_folder(image_folder, lambda image: image)
+        >>> len(images), sum(1 for _ in images)
+        (2, 2)
+    """
+
+    def __init__(self, paths: Sequence[str], transform: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        seed = int(os.environ.get(SEED, "0"))
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.paths = tuple(sorted(paths)[index] for index in order)
+        self.transform = transform
+
+    @classmethod
+    def of_folder(cls, folder: str | Path, transform: Callable[[torch.Tensor], torch.Tensor]) -> "NormalImages":
+        """All images of a folder and the folders in it.
+
+        Raises:
+            InputError: If there is no folder, or no image in it.
+        """
+        try:
+            paths = get_image_filenames(folder)
+        except (OSError, ValueError) as error:
+            what = "has no images" if Path(folder).is_dir() else "does not exist"
+            msg = f"few_shot_source {folder} {what}; give a folder of normal images."
+            raise InputError(msg) from error
+        return cls([str(path) for path in paths], transform)
+
+    @classmethod
+    def of_training_split(
+        cls, datamodule: AnomalibDataModule | None, transform: Callable[[torch.Tensor], torch.Tensor]
+    ) -> "NormalImages":
+        """All normal images of a data module's training split, as they are in their files."""
+        samples = getattr(getattr(datamodule, "train_data", None), "samples", None)
+        if samples is None:
+            return cls([], transform)
+        return cls([str(path) for path in samples[samples.label_index == 0].image_path], transform)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """The images that can be read, (3, H, W) each; the others are named in the log."""
+        readable = ReadableDataset(_Files(self.paths))
+        for index in range(len(self.paths)):
+            item = readable[index]
+            if item is not None:
+                yield self.transform(cast("torch.Tensor", item.image))
+
+
+class _Files(Dataset):
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.image_filenames = paths
+
+    def __len__(self) -> int:
+        return len(self.image_filenames)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        path = self.image_filenames[index]
+        return ImageItem(image=read_image(path, as_tensor=True), image_path=path)
+
+
+class NormalImagesMixin(_Module):
+    """References and thresholds from normal images; its user calls :meth:`adopt_normal` in its constructor."""
+
+    model: "ZeroShotNetwork"  # type: ignore[assignment]  # a module that satisfies the protocol
+    k_shot: int
+    few_shot_source: str | Path | None
+    augment_references: bool
+    restored: bool
+    # What the present references and thresholds were made from; nothing where they were not made here.
+    _normal_key: object = None
+
+    def adopt_normal(
+        self, k_shot: int, few_shot_source: str | Path | None, false_alarm_rate: float | None, augment_references: bool
+    ) -> None:
+        """Check the arguments, and take them over.
+
+        Raises:
+            InputError: If one is of another kind.
+        """
+        if type(k_shot) is not int or k_shot < 0:
+            msg = f"k_shot must be a number of images, 0 or more, got {k_shot!r}."
+            raise InputError(msg)
+        if few_shot_source is not None and not (isinstance(few_shot_source, str | Path) and str(few_shot_source)):
+            msg = f"few_shot_source must be the path of a folder of normal images, got {few_shot_source!r}."
+            raise InputError(msg)
+        if not isinstance(augment_references, bool):
+            msg = f"augment_references must be true or false, got {augment_references!r}."
+            raise InputError(msg)
+        if false_alarm_rate is not None:
+            check_rate(false_alarm_rate)
+        self.k_shot, self.few_shot_source = k_shot, few_shot_source
+        self.augment_references = augment_references
+        if false_alarm_rate is not None and isinstance(self.post_processor, ClipAdPostProcessor):
+            self.post_processor.false_alarm_rate = false_alarm_rate
+        elif false_alarm_rate is not None:
+            msg = "false_alarm_rate belongs to the default post-processor; leave post_processor at its default."
+            raise InputError(msg)
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Few-shot with references, else zero-shot: in either case only thresholds are set from validation data."""
+        return LearningType.FEW_SHOT if self._wants_references else LearningType.ZERO_SHOT
+
+    @property
+    def _wants_references(self) -> bool:
+        return bool(self.k_shot or self.few_shot_source)
+
+    def prepare_normal_images(self, datamodule: AnomalibDataModule | None) -> None:
+        """Take references, and set thresholds from the scores of normal images, where this is asked for.
+
+        Raises:
+            InputError: If there are no images, or too few.
+        """
+        post_processor = self.post_processor if isinstance(self.post_processor, ClipAdPostProcessor) else None
+        rate = post_processor.false_alarm_rate if post_processor is not None else None
+        if self.restored:
+            if self._wants_references and not self.model.references.fitted:
+                msg = "The checkpoint holds no references; leave the checkpoint, or k_shot and few_shot_source, out."
+                raise InputError(msg)
+            return
+        if not self._wants_references and rate is None:
+            return
+        references, others = self._sources(datamodule, rate)
+        if not len(references) and not len(others):
+            if self._wants_references and not self.model.references.fitted:
+                msg = (
+                    f"k_shot {self.k_shot} takes normal images of the data's training split, and there are none; give "
+                    "a data module that has them, or few_shot_source."
+                )
+                raise InputError(msg)
+            return  # a run without a data module goes on with what an earlier one has set
+        key = (self.model.class_names, self.k_shot, references.paths, others.paths)
+        if key == self._normal_key and self.model.references.fitted == self._wants_references:
+            return
+        self._take(references, others, post_processor)
+        self._normal_key = key
+
+    def _sources(self, datamodule: AnomalibDataModule | None, rate: float | None) -> tuple[NormalImages, NormalImages]:
+        """Where references come from, and images from elsewhere that are for the threshold only."""
+        transform = getattr(self.pre_processor, "transform", None) or _as_it_is
+        training = NormalImages.of_training_split(datamodule, transform)
+        none = NormalImages([], transform)
+        if not self.few_shot_source:
+            return training, none
+        if len(training):
+            logger.info("References are taken from %s, not from the training split.", self.few_shot_source)
+        return NormalImages.of_folder(self.few_shot_source, transform), none if rate is None else training
+
+    def _take(self, references: NormalImages, others: NormalImages, post_processor: ClipAdPostProcessor | None) -> None:
+        images, used = iter(references), 0
+        scored: list[Scores] = []
+        if self._wants_references:
+            chosen = self._choose(images, len(references))
+            with self._forward_context():
+                scored.append(self.model.set_references(self._batches(chosen), self.augment_references))
+            used = len(chosen)
+        if post_processor is None:
+            return
+        if post_processor.false_alarm_rate is not None:
+            scored += self._score(chain(images, others), len(references) - used + len(others))
+        post_processor.set_from_normal(self.model, scored, references=used)
+
+    def _choose(self, images: Iterator[torch.Tensor], available: int) -> list[torch.Tensor]:
+        """The references: ``k_shot`` of the images, or all of a folder."""
+        wanted = self.k_shot or available
+        source = self.few_shot_source or "the training split"
+        if wanted > MOST_REFERENCES:
+            msg = f"{wanted} references are more than the {MOST_REFERENCES} possible; set k_shot to take fewer."
+            raise InputError(msg)
+        if available < wanted:
+            msg = f"k_shot is {self.k_shot}, but {source} has {available} normal images; set k_shot accordingly."
+            raise InputError(msg)
+        chosen = list(islice(images, wanted))
+        if not chosen or (self.k_shot and len(chosen) < wanted):
+            msg = f"{len(chosen)} of the {wanted} references wanted from {source} can be read; replace the others."
+            raise InputError(msg)
+        return chosen
+
+    def _score(self, images: Iterator[torch.Tensor], total: int) -> Iterator[Scores]:
+        hidden = self._trainer is not None and self.trainer.progress_bar_callback is None
+        with tqdm(total=total, desc="Scoring normal images", disable=hidden or not total, leave=False) as bar:
+            while batch := list(islice(images, BATCH)):
+                with torch.no_grad(), self._forward_context():
+                    yield self.model.scores(torch.stack(batch).to(self.device))
+                bar.update(len(batch))
+
+    def _batches(self, images: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(images), BATCH):
+            yield torch.stack(images[start : start + BATCH]).to(self.device)
+
+    def _forward_context(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+
+
+def _as_it_is(image: torch.Tensor) -> torch.Tensor:
+    return image

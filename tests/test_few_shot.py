@@ -1,0 +1,394 @@
+"""Normal images in the engine: references, thresholds, and what a checkpoint and an export keep of them."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from anomalib import LearningType
+from anomalib.data import Folder, PredictDataset
+from anomalib.deploy import TorchInferencer
+from lightning.pytorch import seed_everything
+from PIL import Image
+
+from anomalib_clipad import ClipAdSdp, InputError
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+
+from .conftest import LAYOUT, build_model, folder, new_engine, write_category
+
+BARE = {"visualizer": False}
+MODELS = ("ClipAdSdp", "ClipAdSdpPlus")
+
+
+def write_good(root: Path, images: int, size: int = 48, seed: int = 5) -> Path:
+    """Normal images as ``write_category`` makes them."""
+    root.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for number in range(images):
+        Image.fromarray(rng.integers(60, 120, (size, size, 3), dtype=np.uint8)).save(root / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A category with 12 normal training images; not to be written to."""
+    root = write_category(tmp_path_factory.mktemp("parts") / "widget", normal=6, broken=5)
+    shutil.rmtree(root / "train/good")
+    write_good(root / "train/good", 12)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
+def normal_only(parts: Path) -> Folder:
+    """Normal images alone, as on the first day."""
+    return Folder("widget", root=parts, normal_dir="train/good", num_workers=0)
+
+
+def predict(model: ClipAdSdp, where: Path, **arguments: object) -> dict[str, torch.Tensor]:
+    batches = new_engine(where).predict(model, **arguments)
+    fields = ("pred_score", "pred_label", "anomaly_map", "pred_mask", "p_value")
+    return {
+        key: torch.cat([getattr(batch, key) for batch in batches])
+        for key in fields
+        if getattr(batches[0], key) is not None
+    }
+
+
+def files_of(network: object, transform: Callable, folder: Path) -> list[str]:
+    """Which images of a folder the bank holds."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        image = PredictDataset(path)[0].image
+        tokens = network.taps(transform(image)[None]).original
+        if network.references(tokens).max() < 1e-3:
+            found.append(path.name)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_k_shot_takes_images_of_the_training_split_by_the_seed(
+    name: str, small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    found = []
+    for run, seed in enumerate((0, 0, 7)):
+        seed_everything(seed, verbose=False)
+        model = build_model(name, small_clip, tmp_path, k_shot=3, **BARE)
+        assert model.learning_type == LearningType.FEW_SHOT
+        new_engine(tmp_path / str(run)).test(model, datamodule=folder(parts), verbose=False)
+        found.append(files_of(model.model, model.pre_processor.transform, parts / "train/good"))
+    assert len(found[0]) == 3
+    assert found[0] == found[1] != found[2]
+
+
+def test_few_shot_source_takes_all_images_of_the_folder_or_k_of_them(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    good = write_good(tmp_path / "good", 4)
+    for k_shot, expected in ((0, 4), (2, 2)):
+        model = ClipAdSdp("cup", small_clip, few_shot_source=str(good), k_shot=k_shot, **BARE)
+        predict(model, tmp_path / str(k_shot), data_path=parts / "test/good")
+        assert len(files_of(model.model, model.pre_processor.transform, good)) == expected
+
+
+def test_few_shot_source_goes_before_the_training_split(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    good = write_good(tmp_path / "good", 2, seed=9)
+    model = ClipAdSdp("cup", small_clip, few_shot_source=good, **BARE)
+    new_engine(tmp_path).test(model, datamodule=folder(parts), verbose=False)
+    assert len(files_of(model.model, model.pre_processor.transform, good)) == 2
+    assert not files_of(model.model, model.pre_processor.transform, parts / "train/good")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_size_changes_nothing(name: str, small_clip: str, parts: Path, tmp_path: Path) -> None:
+    results = []
+    for size in (1, 5):
+        model = build_model(name, small_clip, tmp_path, k_shot=3, false_alarm_rate=0.2, **BARE)
+        data = folder(parts, eval_batch_size=size)
+        results.append(new_engine(tmp_path / str(size)).test(model, datamodule=data, verbose=False)[0])
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    assert len(results[0]) == 9
+
+
+def test_another_category_gets_references_of_its_own_and_the_first_keeps_them(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    other = write_category(tmp_path / "gear", normal=3, broken=3)
+    model, fresh = (ClipAdSdp(backbone=small_clip, k_shot=2, **BARE) for _ in range(2))
+    for number, (one, data) in enumerate(
+        [(model, folder(parts)), (model, folder(other, "gear")), (fresh, folder(other, "gear"))]
+    ):
+        new_engine(tmp_path / str(number)).test(one, datamodule=data, verbose=False)
+    assert torch.equal(model.model.references.patches, fresh.model.references.patches)
+    model.choose_class("widget")
+    assert len(files_of(model.model, model.pre_processor.transform, parts / "train/good")) == 2
+    assert model.post_processor.image_threshold.isfinite()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_brings_references_and_thresholds(name: str, small_clip: str, parts: Path, tmp_path: Path) -> None:
+    model = build_model(name, small_clip, tmp_path, k_shot=3, false_alarm_rate=0.2, **BARE)
+    engine = new_engine(tmp_path / "a")
+    engine.test(model, datamodule=folder(parts), verbose=False)
+    path = Path(engine.trainer.default_root_dir) / "weights/lightning/model.ckpt"
+    expected = predict(model, tmp_path / "b", data_path=parts / "test")
+    assert path.stat().st_size < 1e6
+    ours = {
+        "ckpt_path": predict(
+            build_model(name, small_clip, tmp_path, **BARE), tmp_path / "c", data_path=parts / "test", ckpt_path=path
+        ),
+        "load_from_checkpoint": predict(
+            type(model).load_from_checkpoint(path, **BARE), tmp_path / "d", data_path=parts / "test"
+        ),
+    }
+    for way, found in ours.items():
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, msg=f"{way}: {key}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exports_have_references_and_thresholds(
+    name: str, small_clip: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # anomalib's inferencer keeps a cache where it is started
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # anomalib's word for a file of one's own
+    good = write_good(tmp_path / "good", 3)
+    model = build_model(name, small_clip, tmp_path, few_shot_source=str(good), class_name="cup", **BARE)
+    expected = predict(model, tmp_path / "a", data_path=parts / "test/square")
+    engine, images = new_engine(tmp_path / "b"), PredictDataset(parts / "test/square")
+    fresh = build_model(name, small_clip, tmp_path, few_shot_source=str(good), class_name="cup", **BARE)
+    exported = engine.export(fresh, "torch", tmp_path / "out")
+    inferencer = TorchInferencer(exported, device="cpu")
+    session = onnxruntime.InferenceSession(str(engine.export(fresh, "onnx", tmp_path / "out")))
+    for number in range(len(images)):
+        image = images[number].image
+        with torch.no_grad():
+            from_torch = inferencer.predict(image)
+        outputs = dict(
+            zip([o.name for o in session.get_outputs()], session.run(None, {"input": image[None].numpy()}), strict=True)
+        )
+        for key in ("pred_score", "anomaly_map"):
+            wanted = expected[key][number].numpy()
+            np.testing.assert_allclose(np.asarray(getattr(from_torch, key)).squeeze(), wanted, atol=1e-4)
+            np.testing.assert_allclose(outputs[key].squeeze(), wanted, atol=1e-4)
+        assert bool(outputs["pred_label"].squeeze()) is bool(expected["pred_label"][number])
+
+
+def test_thresholds_come_from_references_alone_where_there_is_nothing_else(
+    small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ClipAdSdp("cup", small_clip, few_shot_source=parts / "train/good", **BARE)
+    with caplog.at_level(logging.INFO, "anomalib_clipad"):
+        found = predict(model, tmp_path, data_path=parts / "test")
+    assert (
+        "set from 12 normal images, all of them references. False-alarm rate: 7.7% expected, at most 22.1%"
+        in caplog.text
+    )
+    scores = model.post_processor.good_scores
+    assert len(scores) == 12
+    assert model.post_processor.image_threshold == scores.max()
+    assert ((found["p_value"] * 13 - (found["p_value"] * 13).round()).abs() < 1e-5).all()
+
+
+def test_a_rate_takes_the_other_training_images_and_not_the_test_images(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    model = ClipAdSdp(backbone=small_clip, k_shot=2, false_alarm_rate=0.1, **BARE)
+    new_engine(tmp_path).test(model, datamodule=folder(parts), verbose=False)  # validates on the test images
+    assert len(model.post_processor.good_scores) == 12
+    plain = []
+    for path in sorted((parts / "train/good").iterdir()):
+        image = model.pre_processor.transform(PredictDataset(path)[0].image)[None]
+        prediction = model.model(image)
+        if model.model.references(model.model.taps(image).original).max() > 1e-3:
+            plain.append((prediction.pred_score.item(), prediction.anomaly_map.max().item()))
+    assert len(plain) == 10
+    scores = model.post_processor.good_scores
+    for score, _ in plain:
+        assert (scores - score).abs().min() < 1e-5
+    assert model.post_processor.image_threshold == scores.sort().values[11]  # ceil(13 * 0.9) of 12
+
+
+def test_a_rate_works_without_references(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    model = ClipAdSdp(backbone=small_clip, false_alarm_rate=0.1, **BARE)
+    assert model.learning_type == LearningType.ZERO_SHOT
+    found = predict(model, tmp_path, datamodule=folder(parts))
+    assert not model.model.references.fitted
+    assert len(model.post_processor.good_scores) == 12
+    assert "p_value" in found
+
+
+def test_validation_images_serve_where_no_others_are_normal(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    class WithoutTraining(Folder):
+        def _setup(self, stage: str | None = None) -> None:
+            super()._setup(stage)
+            self.train_data.samples = self.train_data.samples[:0]
+
+    data = WithoutTraining("widget", root=parts, num_workers=0, val_split_mode="same_as_test", **LAYOUT)
+    model = ClipAdSdp(backbone=small_clip, false_alarm_rate=0.2, **BARE)
+    new_engine(tmp_path).validate(model, datamodule=data, verbose=False)
+    assert len(model.post_processor.good_scores) == 6
+
+
+def test_no_normal_image_of_the_calibration_shows_more_than_promised(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    """Of 12 normal images and a rate of 0.2, ceil(13 * 0.8) = 11 stay below: one may be above."""
+    model = ClipAdSdp("cup", small_clip, false_alarm_rate=0.2, **BARE)
+    new_engine(tmp_path / "a").validate(model, datamodule=folder(parts), verbose=False)
+    found = predict(model, tmp_path / "b", data_path=parts / "train/good")
+    assert found["pred_label"].sum() == 1
+    assert found["pred_mask"].flatten(1).any(dim=1).sum() == 1
+    assert (found["p_value"] <= 0.2).sum() == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"k_shot": 3}, {"false_alarm_rate": 0.2}, {"k_shot": 2, "false_alarm_rate": 0.2}]
+)
+@pytest.mark.parametrize("labels", ["labelled", "normal", "none"])
+def test_label_and_mask_follow_what_is_shown(
+    small_clip: str, parts: Path, tmp_path: Path, arguments: dict, labels: str
+) -> None:
+    model = ClipAdSdp("cup", small_clip, **arguments, **BARE)
+    if labels == "none":
+        if "k_shot" in arguments:
+            model.few_shot_source = parts / "train/good"
+    else:
+        data = folder(parts) if labels == "labelled" else normal_only(parts)
+        new_engine(tmp_path / "a").validate(model, datamodule=data, verbose=False)
+    found = predict(model, tmp_path / "b", data_path=parts / "test")
+    assert torch.equal(found["pred_label"], found["pred_score"] > 0.5)
+    assert torch.equal(found["pred_mask"], found["anomaly_map"] > 0.5)
+    for key in ("pred_score", "anomaly_map"):
+        assert ((found[key] >= 0) & (found[key] <= 1)).all()
+    threshold = model.post_processor.image_threshold
+    if threshold.isfinite():
+        shown = model.post_processor._shown("image", threshold, threshold)
+        assert shown.item() == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("rate", [None, 0.2])
+def test_sensitivities_move_the_threshold_of_what_is_shown(
+    small_clip: str, parts: Path, tmp_path: Path, rate: float | None
+) -> None:
+    found = {}
+    for sensitivity in (0.2, 0.8):
+        model = ClipAdSdp("cup", small_clip, false_alarm_rate=rate, **BARE)
+        model.post_processor.image_sensitivity = model.post_processor.pixel_sensitivity = sensitivity
+        new_engine(tmp_path / f"{sensitivity}a").validate(model, datamodule=folder(parts), verbose=False)
+        found[sensitivity] = predict(model, tmp_path / f"{sensitivity}b", data_path=parts / "test")
+        assert torch.equal(found[sensitivity]["pred_label"], found[sensitivity]["pred_score"] > 1 - sensitivity)
+    assert found[0.2]["pred_mask"].sum() < found[0.8]["pred_mask"].sum()
+
+
+def test_a_rate_that_too_few_images_support_is_said(
+    small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ClipAdSdp(backbone=small_clip, false_alarm_rate=0.01, **BARE)
+    new_engine(tmp_path).validate(model, datamodule=folder(parts), verbose=False)
+    assert (
+        "A false-alarm rate of 1.0% needs 99 normal images. The largest score of 12 normal images is the threshold: "
+        "7.7% expected, at most 22.1% with 95 % confidence." in caplog.text
+    )
+
+
+def test_scores_that_tell_nothing_apart_are_said(
+    small_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_category(tmp_path / "widget", normal=4, broken=4)
+    for path in (root / "test/square").iterdir():  # anomalous by name only
+        shutil.copy(root / "test/good" / path.name, path)
+    new_engine(tmp_path).validate(ClipAdSdp(backbone=small_clip, **BARE), datamodule=folder(root), verbose=False)
+    assert "hardly tell anomalous validation images from normal ones (AUROC 0.50)" in caplog.text
+
+
+def test_a_reference_that_cannot_be_read_is_named_and_skipped(
+    small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = write_good(tmp_path / "good", 3)
+    (good / "001.png").write_bytes(b"not an image")
+    model = ClipAdSdp("cup", small_clip, few_shot_source=good, **BARE)
+    predict(model, tmp_path, data_path=parts / "test/good")
+    assert "001.png, which cannot be read" in caplog.text
+    assert len(model.post_processor.good_scores) == 2
+
+
+def test_references_of_any_size_are_taken(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    good = write_good(tmp_path / "good", 2)
+    Image.new("L", (300, 20), 90).save(good / "grey.png")
+    model = ClipAdSdp("cup", small_clip, few_shot_source=good, **BARE)
+    assert predict(model, tmp_path, data_path=parts / "test/good")["pred_score"].isfinite().all()
+
+
+def test_a_run_without_data_goes_on_with_the_references_of_an_earlier_one(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    model = ClipAdSdp("widget", small_clip, k_shot=2, **BARE)
+    new_engine(tmp_path / "a").test(model, datamodule=folder(parts), verbose=False)
+    before = model.model.references.patches.clone()
+    predict(model, tmp_path / "b", data_path=parts / "test/good")
+    assert torch.equal(model.model.references.patches, before)
+
+
+def refused(model: ClipAdSdp, words: str, where: Path, **arguments: object) -> None:
+    with pytest.raises(InputError, match=words):
+        new_engine(where).predict(model, **arguments)
+
+
+def test_sources_that_cannot_serve_are_one_sentence(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    empty, broken = tmp_path / "empty", write_good(tmp_path / "broken", 2)
+    empty.mkdir()
+    for path in broken.iterdir():
+        path.write_bytes(b"no image")
+    images = {"data_path": parts / "test/good"}
+    for number, (arguments, words, run) in enumerate(
+        [
+            ({"few_shot_source": tmp_path / "gone"}, "gone does not exist; give a folder", images),
+            ({"few_shot_source": empty}, "empty has no images", images),
+            ({"few_shot_source": broken}, "0 of the 2 references wanted .* can be read", images),
+            ({"few_shot_source": parts / "train/good", "k_shot": 13}, "k_shot is 13, but .* has 12 normal", images),
+            ({"k_shot": 13}, "k_shot is 13, but the training split has 12", {"datamodule": folder(parts)}),
+            ({"k_shot": 2}, "k_shot 2 takes normal images of the data's training split, and there are none", images),
+        ]
+    ):
+        refused(ClipAdSdp("cup", small_clip, **arguments, **BARE), words, tmp_path / str(number), **run)
+
+
+def test_a_checkpoint_without_references_is_refused_where_they_are_wanted(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    engine = new_engine(tmp_path / "a")
+    engine.test(ClipAdSdp(backbone=small_clip, **BARE), datamodule=folder(parts), verbose=False)
+    path = Path(engine.trainer.default_root_dir) / "weights/lightning/model.ckpt"
+    model = ClipAdSdp(backbone=small_clip, k_shot=2, **BARE)
+    refused(model, "The checkpoint holds no references", tmp_path / "b", data_path=parts / "test/good", ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        *(({"k_shot": value}, "k_shot must be a number of images") for value in (-1, 1.5, "2", None, True, [1])),
+        *(({"few_shot_source": value}, "few_shot_source must be the path") for value in ("", 3, ["a"])),
+        *(({"false_alarm_rate": value}, "false_alarm_rate must be a number") for value in (0, 1, 2.0, "0.05", [0.1])),
+        *(({"max_references": value}, "max_references must be a whole number") for value in (0, -1, 2.5, None)),
+        ({"augment_references": "yes"}, "augment_references must be true or false"),
+        ({"false_alarm_rate": 0.05, "post_processor": False}, "false_alarm_rate belongs to the default"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(small_clip: str, arguments: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ClipAdSdp("cup", small_clip, **arguments)
+
+
+def test_a_post_processor_of_ones_own_has_its_rate(small_clip: str) -> None:
+    network = ClipAdSdp("cup", small_clip).model
+    post_processor = ClipAdPostProcessor(network.map_scale, false_alarm_rate=0.1)
+    assert ClipAdSdp("cup", small_clip, post_processor=post_processor).post_processor.false_alarm_rate == 0.1
