@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import anomalib_clipad
@@ -33,13 +34,21 @@ LIMITS = {
     "dual path / encode_image": 1.2,
     "SDP / encode_image": 1.2,
     "SDP+ / encode_image": 1.25,
+    "SDP, 4 references / encode_image": 1.25,
+    "SDP, 16 references / encode_image": 1.4,
     "SDP in float32 / bfloat16": 2.0,
     "WinCLIP / SDP": 10.0,
     "77 tokens / cut": 6.0,
     "memory of SDP / encode_image": 1.3,
+    "memory of SDP, 4 references / encode_image": 1.4,
+    "memory of SDP, 16 references / encode_image": 1.4,
     "memory of SDP+ training / testing": 1.3,
+    "bank of 4 references": 7.0,
     "start of Python, added": 1.0,
 }
+
+
+REFERENCES = (4, 16)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -64,6 +73,15 @@ def peak_memory(backbone: str, batch_size: int, work: str) -> float:
         return pool.apply(_work_memory, (backbone, batch_size, work))
 
 
+def with_references(clip: nn.Module, images: int) -> ClipAdSdpModel:
+    """SDP with random references; their values do not change the time."""
+    model = ClipAdSdpModel(clip=clip)
+    model.text_features = F.normalize(torch.randn(1, 2, model.visual.embed_dim), dim=-1)
+    tokens = 1 + model.grid[0] * model.grid[1]
+    model.references.fit([torch.randn(images, tokens, model.visual.width) for _ in model.visual.layers])
+    return model
+
+
 def _work_memory(backbone: str, batch_size: int, work: str) -> float:
     logging.disable(logging.WARNING)
     clip = load_backbone(backbone, None).clip
@@ -78,6 +96,7 @@ def _work_memory(backbone: str, batch_size: int, work: str) -> float:
         return torch.inference_mode()(call)
 
     calls = {
+        **{f"SDP, {count} references": without_gradient(with_references(clip, count)) for count in REFERENCES},
         "encode_image": without_gradient(clip.encode_image),
         "SDP": without_gradient(sdp),
         "SDP+": without_gradient(plus),
@@ -136,6 +155,7 @@ def main() -> None:
     model = ClipAdSdpModel(clip=clip)
     plus = ClipAdSdpPlusModel(clip=clip)
     model.text_features = plus.text_features = F.normalize(torch.randn(1, 2, tower.embed_dim), dim=-1)
+    referenced = {f"SDP, {count} references": with_references(clip, count) for count in REFERENCES}
     half = copy.deepcopy(model).to(torch.bfloat16)  # its limit is for a CPU with AVX512-BF16
 
     with torch.inference_mode():
@@ -146,7 +166,7 @@ def main() -> None:
             def plain(images: torch.Tensor = images) -> torch.Tensor:
                 return clip.encode_image(images)
 
-            for name, ours in (("dual path", tower), ("SDP", model), ("SDP+", plus)):
+            for name, ours in (("dual path", tower), ("SDP", model), ("SDP+", plus), *referenced.items()):
                 own, base, ratio = median_ratio(lambda ours=ours, images=images: ours(images), plain, pairs)
                 row(f"{name} / encode_image", f"batch {batch_size}: {own:.2f} s, {base:.2f} s", ratio)
             half_images = images.bfloat16()
@@ -187,12 +207,18 @@ def main() -> None:
         )
 
     for batch_size in arguments.batch_sizes:
-        ours, plain = (peak_memory(arguments.backbone, batch_size, work) for work in ("SDP", "encode_image"))
-        detail = f"batch {batch_size}: {ours:.0f} MiB, {plain:.0f} MiB"
-        row("memory of SDP / encode_image", detail, ours / max(plain, 1.0))
+        plain = peak_memory(arguments.backbone, batch_size, "encode_image")
+        for work in ("SDP", *referenced):
+            ours = peak_memory(arguments.backbone, batch_size, work)
+            detail = f"batch {batch_size}: {ours:.0f} MiB, {plain:.0f} MiB"
+            row(f"memory of {work} / encode_image", detail, ours / max(plain, 1.0))
 
     train, test = (peak_memory(arguments.backbone, 8, work) for work in ("SDP+ training", "SDP+"))
     row("memory of SDP+ training / testing", f"batch 8: {train:.0f} MiB, {test:.0f} MiB", train / test)
+
+    bank = referenced["SDP, 4 references"].references.state_dict().values()
+    size = sum(value.numel() * value.element_size() for value in bank) / 1e6
+    row("bank of 4 references", "in a checkpoint", size, unit="MB")
 
     row("start of Python, added", "median of 101 runs of its line", startup(101), unit="ms")
 

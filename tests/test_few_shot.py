@@ -310,6 +310,16 @@ def test_scores_that_tell_nothing_apart_are_said(
     assert "hardly tell anomalous validation images from normal ones (AUROC 0.50)" in caplog.text
 
 
+@pytest.mark.parametrize(("images", "said"), [(4, False), (6, True)])
+def test_all_images_anomalous_is_said(
+    small_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, images: int, said: bool
+) -> None:
+    model = ClipAdSdp("cup", small_clip, **BARE)
+    model.post_processor.image_sensitivity = 1.0  # everything is
+    predict(model, tmp_path, data_path=write_good(tmp_path / "photos", images))
+    assert ("All 6 images are called anomalous; if they are not, check class_name" in caplog.text) is said
+
+
 def test_a_reference_that_cannot_be_read_is_named_and_skipped(
     small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,11 +17,10 @@ from torch import nn
 
 from anomalib_clipad.components import PromptEnsemble, fingerprint
 from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
+from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.errors import InputError
 
 if TYPE_CHECKING:
-    from anomalib_clipad.engine.module import ZeroShotNetwork
-
     _Module = AnomalibModule
 else:
     _Module = object  # anomalib takes every direct subclass of its module for a model
@@ -84,7 +83,7 @@ def check_is_checkpoint(path: str | Path) -> None:
 class CheckpointMixin(_Module):
     """Saves and restores a model without its CLIP; see :class:`anomalib_clipad.engine.module.ZeroShotMixin`."""
 
-    model: "ZeroShotNetwork"  # type: ignore[assignment]  # a module that satisfies the protocol
+    model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
     restored: bool = False  # whether text vectors and thresholds came with a checkpoint
 

@@ -4,9 +4,9 @@ Mixins and not a base class: anomalib lists and finds direct subclasses of ``Ano
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import open_clip
 import torch
@@ -18,23 +18,12 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_clipad.components import (
-    DualPathFeatures,
-    DualPathVisionTransformer,
-    MapScale,
-    Prediction,
-    PromptEnsemble,
-    ReferenceBank,
-    ReferenceFusion,
-    ScoreFusion,
-    Scores,
-    TextEncoder,
-)
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
+from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
@@ -47,69 +36,6 @@ else:
 logger = logging.getLogger(__name__)
 
 FALLBACK_CLASS = "object"
-
-
-class ZeroShotNetwork(Protocol):
-    """A network that :class:`ZeroShotMixin` can run; it is an ``nn.Module`` too.
-
-    Attributes:
-        visual: Runs the CLIP's vision tower.
-        text_encoder: Encodes prompts; absent in an exported model.
-        prompts: The prompts of a class.
-        text_features: (classes, 2, D) text vectors, normal and anomalous.
-        class_names: The classes that these belong to.
-        fusion: One image score from two.
-        references: Patches of normal images, if there are any.
-        reference_fusion: One map and one score from two where there are references.
-        map_scale: Where the map balances.
-        image_size: Height and width of the input in pixels.
-        mean: Mean of the input's channels.
-        std: Standard deviation of the input's channels.
-    """
-
-    visual: DualPathVisionTransformer
-    text_encoder: TextEncoder | None
-    prompts: PromptEnsemble
-    text_features: torch.Tensor
-    class_names: tuple[str, ...]
-    fusion: ScoreFusion
-    references: ReferenceBank
-    reference_fusion: ReferenceFusion
-    image_size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def map_scale(self) -> MapScale:
-        """Where the map balances."""
-
-    @property
-    def score_limits(self) -> tuple[float, float]:
-        """Between what an image's score lies, as a rule."""
-
-    def set_classes(self, class_names: Sequence[str]) -> None:
-        """Encode the prompts of these classes."""
-
-    def forget_classes(self) -> None:
-        """Have no class."""
-
-    def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
-        """Compare all further images with these, and score these, each compared with the others."""
-
-    def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
-        """Map and scores of images."""
-
-    def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
-        """Map and scores of taps."""
-
-    def fuse(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
-        """One score an image from two."""
-
-    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor) -> None:
-        """Take the ranges of both scores from labelled validation images."""
-
-    def predictions(self, scores: Scores) -> Prediction:
-        """The two scores of an image as one."""
 
 
 class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument

@@ -19,12 +19,11 @@ from tqdm import tqdm
 from anomalib_clipad.components import Scores
 from anomalib_clipad.components.conformal import check_rate
 from anomalib_clipad.data.readable import ReadableDataset
+from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.errors import InputError
 
 if TYPE_CHECKING:
-    from anomalib_clipad.engine.module import ZeroShotNetwork
-
     _Module = AnomalibModule
 else:
     _Module = object  # anomalib takes every direct subclass of its module for a model
@@ -107,7 +106,7 @@ class _Files(Dataset):
 class NormalImagesMixin(_Module):
     """References and thresholds from normal images; its user calls :meth:`adopt_normal` in its constructor."""
 
-    model: "ZeroShotNetwork"  # type: ignore[assignment]  # a module that satisfies the protocol
+    model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     k_shot: int
     few_shot_source: str | Path | None
     augment_references: bool

@@ -1,10 +1,9 @@
 """From scores to what a user sees: values in [0, 1], labels and masks."""
 
 import logging
-import math
 from collections.abc import Iterable, MutableMapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
@@ -14,22 +13,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics.aggregation import CatMetric
 
-from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
+from anomalib_clipad.components.conformal import conformal_threshold, p_values
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.scores import MapScale, Prediction, Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.host import datamodule_of
-from anomalib_clipad.engine.metrics import AUROC, IMAGE_FIELDS
-
-if TYPE_CHECKING:
-    from anomalib_clipad.engine.module import ZeroShotNetwork
+from anomalib_clipad.engine.network import ZeroShotNetwork
+from anomalib_clipad.engine.threshold_messages import announce, warn_of_degenerate, warn_of_one_label
 
 logger = logging.getLogger(__name__)
 
 # anomalib's, of which thresholds and ranges are made.
 METRICS = tuple(f"_{level}_{kind}_metric" for level in ("image", "pixel") for kind in ("threshold", "min_max"))
 STEP = 0.01  # as far below a score as its threshold may look for the next one; the least range of scores, too
-LOWEST_AUROC = 0.6  # of validation images, below which the scores are of no use
 
 
 class ClipAdPostProcessor(Float32Buffers, PostProcessor):
@@ -86,8 +82,9 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         self._normal = torch.empty(0, 4)  # of normal images from outside of the validation data, see _summary
         self._references = 0
         self._validated, self._labels = CatMetric(), CatMetric()
+        self._given: list[torch.Tensor] = []  # labels of this run
 
-    def set_from_normal(self, network: "ZeroShotNetwork", scored: Iterable[Scores], references: int) -> None:
+    def set_from_normal(self, network: ZeroShotNetwork, scored: Iterable[Scores], references: int) -> None:
         """Set the thresholds from normal images.
 
         Args:
@@ -154,7 +151,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         data = datamodule_of(trainer)
         return not len(self._normal) or data is None or data.val_split_mode != ValSplitMode.SAME_AS_TEST
 
-    def _set_conformal(self, network: "ZeroShotNetwork", normal: torch.Tensor) -> None:
+    def _set_conformal(self, network: ZeroShotNetwork, normal: torch.Tensor) -> None:
         if not len(normal):
             logger.warning(
                 "There is no normal image to keep false_alarm_rate %s with, so the labels follow the best F1; give "
@@ -184,7 +181,20 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         prediction = Prediction(*(getattr(ours, name) for name in Prediction._fields))
         if len(self.good_scores):
             ours.p_value = p_values(prediction.pred_score, self.good_scores)
-        batch.update(**self(prediction)._asdict())
+        processed = self(prediction)
+        batch.update(**processed._asdict())
+        if processed.pred_label is not None:
+            self._given.append(processed.pred_label)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See :func:`warn_of_one_label`."""
+        del trainer, pl_module
+        warn_of_one_label(self._given)
+        self._given = []
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See :func:`warn_of_one_label`."""
+        self.on_test_epoch_end(trainer, pl_module)
 
     def forward(self, predictions: Prediction) -> InferenceBatch:  # type: ignore[override]  # it needs our fields
         """Normalise and threshold what the network returned.
@@ -232,48 +242,3 @@ def _summary(scores: Scores | ZeroShotBatch) -> torch.Tensor:
     largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
     text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
     return torch.stack([text, whole, largest, mean], dim=1).float()
-
-
-def announce(threshold: ConformalThreshold, rate: float | None, references: int) -> None:
-    """Say what false-alarm rate to expect, and which one could not be had.
-
-    Example:
-        >>> announce(ConformalThreshold(value=0.7, images=19, rank=19), rate=0.05, references=4)
-    """
-    count = threshold.images
-    which = f"{count} normal image{'s' if count > 1 else ''}"
-    if references == count:
-        which += ", all of them references" if count > 1 else ", the reference"
-    elif references:
-        which += f", {references} of them references"
-    worth = f"{threshold.expected_rate:.1%} expected, at most {threshold.upper_rate:.1%} with 95 % confidence"
-    if rate is not None and threshold.expected_rate > rate + 1e-9:
-        words = "A false-alarm rate of %s needs %d normal images. The largest score of %s is the threshold: %s."
-        logger.warning(words, f"{rate:.1%}", math.ceil(1 / rate - 1e-9) - 1, which, worth)
-    else:
-        logger.info("Thresholds are set from %s. False-alarm rate: %s.", which, worth)
-
-
-def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: float) -> None:
-    """Say where labelled images show that the scores or the threshold are of no use.
-
-    Args:
-        scores: (N,) image scores.
-        labels: (N,) 1 where anomalous.
-        threshold: Threshold of the scores.
-
-    Example:
-        >>> warn_of_degenerate(torch.tensor([0.1, 0.9]), torch.tensor([0, 1]), threshold=0.5)
-    """
-    advice = "check class_name and prompts, or give normal images by few_shot_source or k_shot"
-    if not labels.any() or labels.all():
-        return
-    metric = AUROC(fields=IMAGE_FIELDS)
-    metric.update(cast("Batch", SimpleNamespace(raw_score=scores, gt_label=labels)))
-    auroc = float(metric.compute())
-    if auroc < LOWEST_AUROC:
-        words = "The scores hardly tell anomalous validation images from normal ones (AUROC %.2f); %s."
-        logger.warning(words, auroc, advice)
-    elif (scores > threshold).all() or (scores <= threshold).all():
-        found = "anomalous" if (scores > threshold).all() else "normal"
-        logger.warning("At the threshold of the best F1 all validation images are %s; %s.", found, advice)

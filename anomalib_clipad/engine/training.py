@@ -25,7 +25,8 @@ from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.checkpoint import IDENTITY
 from anomalib_clipad.engine.checkpoint_parts import damaged, difference
 from anomalib_clipad.engine.host import datamodule_of
-from anomalib_clipad.engine.module import ZeroShotMixin, ZeroShotNetwork
+from anomalib_clipad.engine.module import ZeroShotMixin
+from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.errors import InputError
 
