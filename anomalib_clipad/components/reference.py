@@ -20,6 +20,7 @@ from anomalib_clipad.errors import InputError
 logger = logging.getLogger(__name__)
 
 MOST_PATCHES = 10_000  # of a bank, a tap; 44 images at 240 pixels
+LIMIT = 20.0  # units, which no map exceeds, however regular the normal images are
 LARGEST_SHARE = 0.1  # of a map's pixels, whose mean is the map's score
 TEXT_WEIGHT = 0.5  # of the text score beside the map's, both in units of the normal images
 LOGIT_BOUND = 1e-6  # text scores nearer to 0 or 1 count as this
@@ -275,9 +276,9 @@ class ReferenceFusion(Float32Buffers):
         self.std.fill_(1)
 
     def fuse_maps(self, text_map: torch.Tensor, reference_map: torch.Tensor) -> torch.Tensor:
-        """Sum of two maps (B, H, W) in their units."""
-        maps = torch.stack([text_map, reference_map], dim=-1)
-        return ((maps - self.mean[:2]) / self.std[:2]).sum(dim=-1)
+        """Sum of two maps (B, H, W) in their units u, each as u / (1 + abs(u) / 20): neither outvotes the other."""
+        units = (torch.stack([text_map, reference_map], dim=-1) - self.mean[:2]) / self.std[:2]
+        return (units / (1 + units.abs() / LIMIT)).sum(dim=-1)
 
     @staticmethod
     def map_score(anomaly_map: torch.Tensor) -> torch.Tensor:
