@@ -2,6 +2,7 @@
 
 import copy
 import io
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad.compare import CompareJobGenerator
+from anomalib_clipad.compare.pipeline import Compare, preflight
 from anomalib_clipad.components import PromptEnsemble, load_backbone
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp_plus import load_adapter, save_adapter
 
-from .conftest import auxiliary, fitted, folder, make_clip, new_engine, save_clip, weights
+from .conftest import LAYOUT, auxiliary, fitted, folder, make_clip, new_engine, save_clip, weights, write_category
 
 ROUNDS = 40
 YAML = """normal_states: ['sound {}']
@@ -48,7 +52,24 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-VALUES = [None, True, -1, 10**30, 0.5, float("nan"), "text", "", "\0", "n" * 300, [], [None], {}, {"a": 1}, {1: 2}]
+VALUES = [
+    None,
+    True,
+    -1,
+    10**30,
+    0.5,
+    float("nan"),
+    "text",
+    "",
+    "\0",
+    {"grid": [1, "a"]},
+    "n" * 300,
+    [],
+    [None],
+    {},
+    {"a": 1},
+    {1: 2},
+]
 TENSORS = [
     torch.zeros(2),
     torch.full((2,), float("nan")),
@@ -182,3 +203,32 @@ def test_mutated_checkpoints_to_resume(small_clip: str, auxiliary_root: Path, tm
         new_engine(tmp_path / "rest", max_epochs=2).fit(model, datamodule=data, ckpt_path=path)
 
     assert "refused" in outcomes(resume, weights(engine, "last.ckpt"), 0, mutate, rounds=12)
+
+
+def comparison(root: Path) -> dict[str, Any]:
+    """A configuration with every kind of key."""
+    for name in ("gear", "plate"):
+        write_category(root / name, normal=1, broken=1)
+    grid = {"backbone": "demo", "layers": [2, 4], "rvs": {"grid": ["mean", "kde"]}}
+    every = {"class_path": "MVTecAD", "init_args": {"root": str(root), "category": "all"}}
+    one = {"class_path": "Folder", "name": "own", "init_args": {"name": "gear", "root": str(root / "gear"), **LAYOUT}}
+    settings = {"output": "out", "map_size": 64, "seed": 1, "metrics": ["pixel_AP", "image_AUROC"]}
+    models = [{"class_path": "ClipAdSdp", "name": "SDP", "init_args": grid}, "Padim"]
+    return {"accelerator": "cpu", "compare": {**settings, "models": models, "data": [every, one]}}
+
+
+def changed_comparison(whole: bytes, rng: np.random.Generator) -> bytes:
+    return yaml.safe_dump(changed(yaml.safe_load(whole), rng, VALUES)).encode()
+
+
+@pytest.mark.parametrize("mutate", [mutated, changed_comparison], ids=["bytes", "keys"])
+def test_mutated_comparisons(tmp_path: Path, mutate: Callable) -> None:
+    """All that is done before the first job."""
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(comparison(tmp_path / "data")))
+
+    def prepare(path: Path) -> None:
+        config = Compare()._read(Namespace(config=path))
+        assert preflight(CompareJobGenerator("cpu").generate_jobs(config["compare"]))
+
+    assert outcomes(prepare, path, 4, mutate, rounds=200) == {"read", "refused"}

@@ -193,7 +193,7 @@ def _missing_data(job: CompareJob) -> list[str]:
         return [str(job.images)]
     arguments = (job.data_config or {}).get("init_args") or {}
     root = arguments.get("root")
-    if not root:
+    if not root or not isinstance(root, str | Path):
         return []
     folder = Path(root) / str(arguments.get("category") or "")
     split = Path(root) / "visa_pytorch" / str(arguments.get("category") or "")

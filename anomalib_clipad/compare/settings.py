@@ -119,10 +119,10 @@ def _entry(where: str, value: object) -> Config:
     if "name" in config:
         _text(f"name in {where}", config["name"])
     if "init_args" in config:
-        _plain(
-            f"init_args of {config['class_path']}",
-            _mapping(f"init_args of {config['class_path']}", config["init_args"]),
-        )
+        where, arguments = f"init_args of {config['class_path']}", config["init_args"]
+        _plain(where, _mapping(where, arguments))
+        for one in arguments["grid"] if _is_grid(arguments) else ():
+            _mapping(where, one)
     return config
 
 
