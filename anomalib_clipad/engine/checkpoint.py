@@ -217,8 +217,7 @@ def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     if isinstance(vectors, torch.Tensor) and (not isinstance(names, list) or len(names) != len(vectors)):
         problems.append(f"has {len(vectors)} pairs of text vectors for the classes {names!r}")
     if problems:
-        msg = f"The checkpoint is damaged: it {problems[0]}; make it again with a test run of this model."
-        raise InputError(msg)
+        raise damaged(problems[0])
 
 
 def _damaged(path: str | Path, error: BaseException) -> str:

@@ -8,6 +8,7 @@ from packaging.version import InvalidVersion, Version
 
 from anomalib_clipad.errors import InputError
 
+LONGEST = 200  # characters of what is said of a value
 VERSION = "pytorch-lightning_version"
 TYPES: dict[str, type | tuple[type, ...]] = {
     "epoch": int,
@@ -30,7 +31,10 @@ def damaged(what: str) -> InputError:
         >>> damaged("lacks state_dict")
         InputError('The checkpoint is damaged: it lacks state_dict; make it again with a run of this model.')
     """
-    return InputError(f"The checkpoint is damaged: it {what}; make it again with a run of this model.")
+    one_line = " ".join(what.split())  # values of a damaged file may be of any length and print on several lines
+    if len(one_line) > LONGEST:
+        one_line = f"{one_line[:LONGEST]}..."
+    return InputError(f"The checkpoint is damaged: it {one_line}; make it again with a run of this model.")
 
 
 def check_parts(checkpoint: Mapping[str, Any]) -> None:
