@@ -399,6 +399,6 @@ def test_wrong_arguments_are_one_sentence(small_clip: str, arguments: dict, word
 
 
 def test_a_post_processor_of_ones_own_has_its_rate(small_clip: str) -> None:
-    network = ClipAdSdp("cup", small_clip).model
-    post_processor = ClipAdPostProcessor(network.map_scale, false_alarm_rate=0.1)
-    assert ClipAdSdp("cup", small_clip, post_processor=post_processor).post_processor.false_alarm_rate == 0.1
+    model = ClipAdSdp("cup", small_clip, post_processor=ClipAdPostProcessor(false_alarm_rate=0.1))
+    assert model.post_processor.false_alarm_rate == 0.1
+    assert model.post_processor.map_scale == model.model.map_scale

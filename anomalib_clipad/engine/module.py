@@ -76,7 +76,9 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
         if pre_processor is True:
             pre_processor = cls.configure_pre_processor(network.image_size, network.mean, network.std)
         if post_processor is True:
-            post_processor = ClipAdPostProcessor(network.map_scale)
+            post_processor = ClipAdPostProcessor()
+        if isinstance(post_processor, ClipAdPostProcessor) and post_processor.map_scale is None:
+            post_processor.map_scale = network.map_scale
         return pre_processor, post_processor
 
     @staticmethod

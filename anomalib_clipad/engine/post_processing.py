@@ -41,7 +41,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
     A score or a pixel at its threshold becomes 0.5, so labels and masks follow what is shown.
 
     Args:
-        map_scale: The model's, which brings its maps into (0, 1).
+        map_scale: Brings maps into (0, 1) where no threshold is known; by default that of the model it is given to.
         enable_normalization: Bring scores and maps into [0, 1].
         enable_thresholding: Give labels and masks.
         image_sensitivity: Above 0.5 more images are called anomalous, below fewer.
@@ -62,7 +62,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
 
     def __init__(
         self,
-        map_scale: MapScale,
+        map_scale: MapScale | None = None,
         enable_normalization: bool = True,
         enable_thresholding: bool = True,
         image_sensitivity: float = 0.5,
@@ -208,7 +208,8 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         """
         score, anomaly_map, *_ = predictions
         shown_score = self._shown("image", score, score.clamp(0, 1))
-        shown_map = self._shown("pixel", anomaly_map, self.map_scale.squash(anomaly_map))
+        by_rule = anomaly_map if self.map_scale is None else self.map_scale.squash(anomaly_map)
+        shown_map = self._shown("pixel", anomaly_map, by_rule)
         label = mask = None
         if self.enable_thresholding:
             label = ~(shown_score <= 1 - self.image_sensitivity)
