@@ -7,6 +7,7 @@ from anomalib.pipelines.components import Job, JobGenerator
 
 from anomalib_clipad.compare.job import CompareJob, category_of
 from anomalib_clipad.compare.settings import Config, Settings, grid_words, short_class, spell_out
+from anomalib_clipad.compare.shots import variants
 from anomalib_clipad.data.datamodules import build_datamodule, categories_on_disk
 from anomalib_clipad.errors import InputError
 
@@ -45,19 +46,26 @@ class CompareJobGenerator(JobGenerator):
         models = _named_models(settings.models)
         jobs = [
             CompareJob(
-                model,
+                config,
                 one,
                 settings.images,
-                settings.seed,
+                seed,
                 settings.map_size,
                 settings.output,
                 self.accelerator,
                 settings.metrics,
+                shots,
+                model["name"],
             )
             for one in _named_data(settings.data)
             for model in models
+            for config, shots, seed in variants(model, settings.shots, settings.seed)
         ]
-        if twice := _repeated([job.category for job in jobs if job.model_name == jobs[0].model_name]):
+        if not jobs:
+            msg = f"No model can be tried with shots {list(settings.shots or ())}; add a number above 0."
+            raise InputError(msg)
+        first = [job for job in jobs if (job.model_name, job.seed) == (jobs[0].model_name, jobs[0].seed)]
+        if twice := _repeated([job.category for job in first]):
             msg = f"Several data sets are called {', '.join(twice)}; give each entry of data a name of its own."
             raise InputError(msg)
         return jobs

@@ -27,6 +27,7 @@ from anomalib_clipad.compare.examples import printable
 from anomalib_clipad.compare.fingerprint import files_named, fingerprint
 from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.settings import short_class
+from anomalib_clipad.compare.shots import take
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import slug
@@ -48,6 +49,8 @@ class CompareJob(Job):
         output: Folder of the comparison.
         accelerator: ``cpu`` or ``cuda``.
         metrics: Names of the metrics to measure, see :class:`anomalib_clipad.compare.CompareEvaluator`.
+        shots: Number of normal images that are left in the training split, drawn by the seed; None for all.
+        family: Name of the model whatever the number of normal images; the model's name by default.
 
     Example:
         >>> job = CompareJob({"class_path": "ClipAdSdp"}, None, "photos", 42, 256, Path("out"), "cpu")
@@ -67,6 +70,8 @@ class CompareJob(Job):
         output: Path,
         accelerator: str,
         metrics: Sequence[str] = tuple(METRICS),
+        shots: int | None = None,
+        family: str | None = None,
     ) -> None:
         self.model_config = {key: value for key, value in model.items() if key != "name"}
         self.model_name = printable(str(model.get("name") or short_class(model["class_path"])))
@@ -75,6 +80,8 @@ class CompareJob(Job):
         self.images = images
         self.seed, self.map_size, self.output, self.accelerator = seed, map_size, output, accelerator
         self.metrics = list(metrics)
+        self.shots = shots
+        self.family = printable(family or self.model_name)
 
     @property
     def key(self) -> str:
@@ -88,6 +95,7 @@ class CompareJob(Job):
             self.seed,
             self.map_size,
             self.metrics,
+            *(() if self.shots is None else (self.shots,)),
         ]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]
         return f"{slug(self.model_name)}-{slug(self.category)}-{digest}"
@@ -153,6 +161,7 @@ class CompareJob(Job):
             "category": self.category,
             "seed": self.seed,
             "key": self.key,
+            **({} if self.shots is None else {"shots": self.shots, "family": self.family}),
             "class": short_class(self.model_config["class_path"]),
         }
 
@@ -164,6 +173,8 @@ class CompareJob(Job):
         if data is not None:
             data.prepare_data()
         inputs = self.inputs()  # before the first image is read, so that a later change is seen
+        if data is not None and self.shots is not None:
+            take(data, self.shots, self.seed)
         model: Any = _plain_model(self.model_config, data)
         evaluator = CompareEvaluator(self.map_size, self.metrics)
         row: dict[str, Any] = {}

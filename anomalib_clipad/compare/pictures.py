@@ -16,6 +16,7 @@ from anomalib_clipad.compare.examples import short_names, shortened
 from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.files import slug, write_atomically
 
+OVER_SHOTS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
 COLOURS = ("#1b6ca8", "#d95f02", "#3a9679", "#8e5ea2", "#c2a83e", "#7a4a2b", "#5c6b73", "#d4526e")
 
 
@@ -126,6 +127,42 @@ def draw_speed(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
     axes.set_xlabel(f"images per second, batches as configured{device}")
     axes.set_ylabel(f"{METRICS[name]}, mean over categories, %")
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def draw_shots(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
+    """Metrics over the number of normal images: a line a model, and the range over the seeds as a band.
+
+    Args:
+        path: PNG file to write.
+        done: A row a job, with ``family``, ``category``, ``shots``, ``seed`` and the metrics.
+        metrics: The metrics measured; the four of ``OVER_SHOTS`` are drawn, or the first there is.
+
+    Example:
+        >>> rows = {"family": ["SDP"] * 2, "category": ["nut"] * 2, "shots": [0, 4], "seed": [0, 0]}
+        >>> draw_shots(Path("shots.png"), pd.DataFrame({**rows, "image_AUROC": [0.8, 0.9]}), ["image_AUROC"])
+        >>> Path("shots.png").is_file()
+        True
+    """
+    wanted = [name for name in OVER_SHOTS if name in metrics] or metrics[:1]
+    tried = done[done["shots"].notna()]
+    counts = sorted(tried["shots"].unique())
+    figure = _figure(width=0.8 + 3.1 * len(wanted), height=3.9)
+    axes = figure.subplots(1, len(wanted), squeeze=False)[0]
+    for axis, name in zip(axes, wanted, strict=True):
+        for number, (family, part) in enumerate(tried.groupby("family", sort=False)):
+            seeds = 100 * part.groupby(["shots", "seed"])[name].mean().unstack("seed")  # a row a number of images
+            places = [counts.index(count) for count in seeds.index]
+            colour = COLOURS[number % len(COLOURS)]
+            axis.plot(places, seeds.mean(axis=1), "o-", color=colour, label=shortened(str(family)), markersize=4)
+            axis.fill_between(places, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+        axis.set_xticks(range(len(counts)), [f"{count:.0f}" for count in counts])
+        axis.set_xlabel("normal images")
+        axis.set_title(f"{METRICS[name]}, %", fontsize=11)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    _plain(figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False))
     _save(figure, path)
 
 

@@ -35,7 +35,8 @@ def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", publ
         True
     """
     table = pd.DataFrame(rows)
-    if (twice := table.duplicated(["model", "category"])).any():
+    of_one_job = [name for name in ("model", "category", "seed") if name in table]
+    if (twice := table.duplicated(of_one_job)).any():
         model, category = table.loc[twice, ["model", "category"]].iloc[0]
         msg = f"There are several rows of {model} on {category}; give each model a name of its own."
         raise InputError(msg)
@@ -46,7 +47,9 @@ def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", publ
         pictures.draw_means(output / "means.png", _means(done, metrics))
         pictures.draw_categories(output / "per_category.png", done, metrics)
         pictures.draw_speed(output / "speed_accuracy.png", done, metrics)
-    for category, part in done.groupby("category", sort=False):
+        if _over_shots(done):
+            pictures.draw_shots(output / "shots.png", done, metrics)
+    for category, part in _first_seed(done).groupby("category", sort=False):
         pictures.draw_examples(output, str(category), part)
     text = _markdown(
         output, table, done, metrics, published or next((name for name in PUBLISHED if name in title), None)
@@ -78,6 +81,16 @@ def _done(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The jobs that did not fail, and the metrics measured."""
     done = table[table["error"].isna()] if "error" in table else table
     return done, [name for name in METRICS if name in done and done[name].notna().any()]
+
+
+def _over_shots(done: pd.DataFrame) -> bool:
+    """Whether several numbers of normal images were tried."""
+    return "shots" in done and done["shots"].nunique() > 1
+
+
+def _first_seed(done: pd.DataFrame) -> pd.DataFrame:
+    """One job a model and category, for pictures and lists of images."""
+    return done.drop_duplicates(["model", "category"])
 
 
 def _means(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
@@ -123,6 +136,10 @@ def _markdown(output: Path, table: pd.DataFrame, done: pd.DataFrame, metrics: li
             "![Means](means.png)",
             "",
         ]
+        if _over_shots(done):
+            lines += ["![Over the number of normal images](shots.png)", ""]
+        if "seed" in done and done["seed"].nunique() > 1:
+            lines += [f"Means over {done['seed'].nunique()} seeds, where normal images are drawn.", ""]
         lines += ["Peak MiB: memory that a job added to what its process held before it.", ""]
         lines += ["![Speed and accuracy](speed_accuracy.png)", ""]
         lines += _published(done, means, published)
@@ -134,7 +151,7 @@ def _markdown(output: Path, table: pd.DataFrame, done: pd.DataFrame, metrics: li
             lines += [f"### {METRICS[name]}", "", _table(bold), ""]
     else:
         lines += ["No labels, so no metrics: heatmaps and scores only.", ""]
-        for category, part in done.groupby("category", sort=False):
+        for category, part in _first_seed(done).groupby("category", sort=False):
             lines += [f"### Scores on {category}", "", _table(_scores(output, part)), ""]
     lines += ["## Examples", ""]
     lines += [f"![{category}](examples/{slug(str(category))}.png)" for category in done["category"].unique()]

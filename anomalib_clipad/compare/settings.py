@@ -13,6 +13,7 @@ from anomalib_clipad.errors import InputError
 Config = dict[str, Any]
 ENTRY_KEYS = ("class_path", "init_args", "name")
 LARGEST_SEED = 2**32 - 1  # NumPy's
+MOST_SHOTS = 10_000
 SMALLEST_MAP, LARGEST_MAP = 8, 4096
 
 
@@ -24,7 +25,8 @@ class Settings:
         models: Configurations of models, with class_path and, if wanted, init_args and name.
         data: Configurations of data modules, likewise.
         images: File or folder of unlabelled images.
-        seed: Seed of everything.
+        seed: Seeds of everything; a model is tried with each, and the tables have means.
+        shots: Numbers of normal images to try every model with, the same images; None for the whole training split.
         map_size: Side of the maps that are measured, in pixels.
         metrics: Names of metrics.
         output: Folder of the comparison.
@@ -37,7 +39,8 @@ class Settings:
     models: list[Config]
     data: list[Config] | None = None
     images: str | None = None
-    seed: int = 42
+    seed: tuple[int, ...] = (42,)
+    shots: tuple[int, ...] | None = None
     map_size: int = 256
     metrics: tuple[str, ...] = tuple(METRICS)
     output: Path = Path("results/compare")
@@ -57,6 +60,9 @@ class Settings:
             raise InputError(msg)
         if not values.get("models") or not (values.get("data") or values.get("images")):
             msg = "compare needs models, a list of class_path and init_args, and data or images to try them on."
+            raise InputError(msg)
+        if values.get("shots") is not None and not values.get("data"):
+            msg = "shots takes normal images of data, and images have no training split; give data, or leave shots out."
             raise InputError(msg)
         return cls(**{key: READERS[key](f"compare: {key}", value) for key, value in values.items()})
 
@@ -85,6 +91,20 @@ def _whole(low: int, high: int) -> Callable[[str, object], int]:
             msg = f"{where} must be a whole number from {low} to {high}, got {value!r}."
             raise InputError(msg)
         return value
+
+    return read
+
+
+def _wholes(low: int, high: int) -> Callable[[str, object], tuple[int, ...]]:
+    """One whole number, or a list of different ones."""
+
+    def read(where: str, value: object) -> tuple[int, ...]:
+        found = value if isinstance(value, (list, tuple)) else [value]
+        numbers = tuple(_whole(low, high)(where, one) for one in found)
+        if not numbers or len(set(numbers)) < len(numbers):
+            msg = f"{where} must be a whole number or a list of different ones, got {value!r}."
+            raise InputError(msg)
+        return numbers
 
     return read
 
@@ -143,7 +163,8 @@ READERS: dict[str, Callable[[str, object], Any]] = {
     "models": _entries,
     "data": _entries,
     "images": lambda where, value: str(_path(where, value)),
-    "seed": _whole(0, LARGEST_SEED),
+    "seed": _wholes(0, LARGEST_SEED),
+    "shots": _wholes(0, MOST_SHOTS),
     "map_size": _whole(SMALLEST_MAP, LARGEST_MAP),
     "metrics": _metrics,
     "output": _path,

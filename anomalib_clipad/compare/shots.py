@@ -1,0 +1,103 @@
+"""Models side by side on the same few normal images."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+import anomalib.models
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from anomalib_clipad.compare.settings import Config, short_class
+from anomalib_clipad.errors import InputError
+
+K_SHOT = "k_shot"  # how anomalib's few-shot models call their number of normal images
+
+
+def variants(
+    model: Config, shots: Sequence[int] | None, seeds: Sequence[int]
+) -> Iterator[tuple[Config, int | None, int]]:
+    """What a model is tried with: its configuration, a number of normal images, and a seed.
+
+    A model that takes a number of normal images is tried with each; one that is trained on normal images with each
+    above 0; any other once, with none. Where no image is drawn, one seed is enough.
+
+    Args:
+        model: Configuration of the model, without grids, with a name.
+        shots: Numbers of normal images; None for the whole training split.
+        seeds: Seeds of the draw.
+
+    Example:
+        >>> model = {"class_path": "Padim", "name": "PaDiM"}
+        >>> [(config["name"], count, seed) for config, count, seed in variants(model, [0, 1, 4], [42])]
+        [('PaDiM, 1 image', 1, 42), ('PaDiM, 4 images', 4, 42)]
+    """
+    if shots is None:
+        yield from ((model, None, seed) for seed in seeds)
+        return
+    kind = _class_of(model["class_path"])
+    takes = kind is not None and K_SHOT in inspect.signature(kind).parameters
+    trained = not takes and _learning_type(kind) == LearningType.ONE_CLASS
+    for count in shots:
+        if (count == 0 and trained) or (count > 0 and not takes and not trained):
+            continue
+        config = {**model, "name": f"{model['name']}, {count} image{'' if count == 1 else 's'}"}
+        if takes:
+            config["init_args"] = {**(model.get("init_args") or {}), K_SHOT: count}
+        for seed in seeds if count else seeds[:1]:
+            yield config, count, seed
+
+
+def take(datamodule: AnomalibDataModule, count: int, seed: int) -> list[str]:
+    """Leave some normal images in the training split, the same for every model.
+
+    Args:
+        datamodule: Set up here, as a trainer would do it, so that no trainer does it again.
+        count: How many images; 0 leaves the split as it is, since no model looks at it.
+        seed: Seed of the draw.
+
+    Returns:
+        Their files.
+
+    Raises:
+        InputError: If there are fewer.
+
+    Example:
+        >>> paths = take(widgets, 1, seed=0)
+        >>> len(paths), len(widgets.train_data)
+        (1, 1)
+    """
+    datamodule.setup(TrainerFn.FITTING)
+    if not count:
+        return []
+    samples = datamodule.train_data.samples
+    normal = samples[samples.label_index == 0].sort_values("image_path")
+    if len(normal) < count:
+        msg = f"shots asks for {count} normal images, and the training split has {len(normal)}; ask for fewer."
+        raise InputError(msg)
+    chosen = torch.randperm(len(normal), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    drawn = normal.iloc[chosen].reset_index(drop=True)
+    drawn.attrs.update(samples.attrs)
+    datamodule.train_data.samples = drawn
+    return [str(path) for path in drawn.image_path]
+
+
+def _class_of(class_path: str) -> type | None:
+    """The model's class; None where there is none, which the job will say."""
+    package, _, name = class_path.rpartition(".")
+    try:
+        return getattr(anomalib.models, short_class(class_path), None) or getattr(import_module(package), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _learning_type(kind: type | None) -> LearningType:
+    """What anomalib's engine does with a model, asked of its class: to build it may need weights."""
+    try:
+        found: Any = vars(kind)["learning_type"] if kind is not None else None
+        return found.fget(None)
+    except Exception:  # noqa: BLE001 - one that depends on the model's state; trained ones are the rule
+        return LearningType.ONE_CLASS
