@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 from tests.test_distributed import score_category
 if __name__ == "__main__":
-    score_category(*map(Path, sys.argv[1:]), devices=2)
+    score_category(*map(Path, sys.argv[1:4]), devices=2, k_shot=int(sys.argv[4]))
 """
 
 
-def score_category(small_clip: Path, category: Path, out: Path, devices: int) -> None:
+def score_category(small_clip: Path, category: Path, out: Path, devices: int, k_shot: int) -> None:
     """Test on 11 images, four at a time, then predict without a datamodule; save the figures of each process."""
-    model = ClipAdSdp(backbone=str(small_clip))
+    model = ClipAdSdp(backbone=str(small_clip), k_shot=k_shot, false_alarm_rate=0.3 if k_shot else None)
     engine = Engine(
         default_root_dir=out,
         logger=False,
@@ -39,14 +39,17 @@ def score_category(small_clip: Path, category: Path, out: Path, devices: int) ->
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_and_pictures_of_one(small_clip: str, category: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("k_shot", [0, 1])
+def test_two_processes_give_the_figures_and_pictures_of_one(
+    small_clip: str, category: Path, tmp_path: Path, k_shot: int
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    score_category(Path(small_clip), category, one, devices=1)
+    score_category(Path(small_clip), category, one, devices=1, k_shot=k_shot)
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
-    done = run_command(sys.executable, script, small_clip, category, two, cwd=ROOT)
+    done = run_command(sys.executable, script, small_clip, category, two, k_shot, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = torch.load(one / "rank0.pt", weights_only=True)
     parts = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

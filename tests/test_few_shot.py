@@ -182,6 +182,14 @@ def test_exports_have_references_and_thresholds(
         assert bool(outputs["pred_label"].squeeze()) is bool(expected["pred_label"][number])
 
 
+def test_an_export_of_k_shot_takes_the_data_or_says_what_it_needs(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    model = ClipAdSdp("cup", small_clip, k_shot=2, **BARE)
+    with pytest.raises(InputError, match="few_shot_source, or a checkpoint of such a run"):
+        model.to_onnx(tmp_path)
+    model.prepare_export(folder(parts))
+    assert len(files_of(model.model, model.pre_processor.transform, parts / "train/good")) == 2
+
+
 def test_thresholds_come_from_references_alone_where_there_is_nothing_else(
     small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -131,6 +131,9 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
         self.choose_class(self.class_name or _class_of(datamodule))
+        if datamodule is not None and self.k_shot and not self.restored and not hasattr(datamodule, "train_data"):
+            datamodule.prepare_data()
+            datamodule.setup()
         self.prepare_normal_images(datamodule)
 
     def choose_class(self, name: str | None) -> None:

@@ -170,7 +170,7 @@ class NormalImagesMixin(_Module):
             if self._wants_references and not self.model.references.fitted:
                 msg = (
                     f"k_shot {self.k_shot} takes normal images of the data's training split, and there are none; give "
-                    "a data module that has them, or few_shot_source."
+                    "a data module that has them, few_shot_source, or a checkpoint of such a run."
                 )
                 raise InputError(msg)
             return  # a run without a data module goes on with what an earlier one has set
