@@ -64,7 +64,7 @@ def test_layers_of_other_taps_are_refused(tmp_path: Path) -> None:
         (None, "0.weight is a NoneType instead of a tensor"),
     ],
 )
-def test_values_that_are_no_weights_are_refused(tmp_path: Path, value: object, words: str) -> None:
+def test_invalid_values_are_refused(tmp_path: Path, value: object, words: str) -> None:
     ours = layers()
     before = ours[1].weight.clone()
     torch.save(release({**ours.state_dict(), "0.weight": value, "1.weight": before + 1}), tmp_path / "a.pth")

@@ -225,7 +225,7 @@ def test_only_openais_own_download_is_trusted(tmp_path: Path, monkeypatch: pytes
         (lambda w: w.to_sparse(), "is not a dense tensor"),
     ],
 )
-def test_values_that_are_no_weights_are_refused(tmp_path: Path, change: Callable, words: str) -> None:
+def test_invalid_values_are_refused(tmp_path: Path, change: Callable, words: str) -> None:
     state = make_clip(3).state_dict()
     state["visual.conv1.weight"] = change(state["visual.conv1.weight"])
     torch.save(state, tmp_path / "w.pt")

@@ -1,4 +1,4 @@
-"""The demonstration: its pictures, and what its backbone has learned, on surfaces that it never saw."""
+"""The demonstration: its pictures, and what its backbone has learned, on surfaces held out from training."""
 
 import hashlib
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_pictures_are_the_same_everywhere(textures: Path, tmp_path: Path) -> Non
 
 
 def test_a_defect_is_where_its_mask_says_and_can_be_seen(textures: Path) -> None:
-    """Against the surface around it, as far as a mean colour tells."""
+    """Against the surface around it, as far as a mean colour shows it."""
     for name in CATEGORIES:
         for mask_path in (textures / name / "ground_truth").rglob("*.png"):
             mask = np.asarray(Image.open(mask_path)) > 0
@@ -135,7 +135,7 @@ def test_sdp_plus_is_above_sdp(scored: list[Scored], textures: Path) -> None:
 
 
 def test_the_dual_path_is_far_above_the_original_path(sdp: ClipAdSdpModel, scored: list[Scored]) -> None:
-    """The paper's claim; the original path's patches even point the wrong way here."""
+    """The paper's claim; here, the original path is even worse than chance."""
     tower = sdp.visual.visual
     figures = []
     for one in scored:
@@ -146,7 +146,7 @@ def test_the_dual_path_is_far_above_the_original_path(sdp: ClipAdSdpModel, score
     assert np.mean([one.pixel_auroc() for one in scored]) > np.mean(figures) + 0.2
 
 
-def test_shuffled_text_vectors_know_nothing(sdp: ClipAdSdpModel, scored: list[Scored]) -> None:
+def test_shuffled_text_vectors_are_at_chance(sdp: ClipAdSdpModel, scored: list[Scored]) -> None:
     generator = torch.Generator().manual_seed(0)
     figures = []
     for one in scored:
@@ -198,7 +198,7 @@ def test_it_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_words_it_never_read_are_one_unknown_word(sdp: ClipAdSdpModel) -> None:
-    """So a strange name neither helps nor harms by chance."""
+    """An unusual name then has no random effect on the scores."""
     encoder = sdp.text_encoder
     strange = encoder.encode(["a photo of a flawless zygomorphic.", "a photo of a flawless quetzal."])
     known = encoder.encode(["a photo of a flawless wood.", "a photo of a damaged wood."])

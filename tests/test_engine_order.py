@@ -131,7 +131,7 @@ def test_a_state_dict_brings_class_and_thresholds(small_clip: str, category: Pat
 
 
 @pytest.mark.parametrize(("given", "epochs"), [({"max_epochs": 1000}, 1000), ({}, 5), ({"max_epochs": -1}, -1)])
-def test_as_many_epochs_as_the_user_says_else_the_papers(
+def test_max_epochs_is_the_users_or_else_the_papers(
     small_clip: str, category: Path, tmp_path: Path, given: dict[str, int], epochs: int
 ) -> None:
     from anomalib_clipad.data import AuxiliaryDataModule
@@ -189,7 +189,7 @@ def test_printed_class_paths_are_accepted(small_clip: str) -> None:
         assert isinstance(get_model({"class_path": name, "init_args": {"backbone": small_clip}}), ClipAdSdp)
 
 
-def test_a_look_for_anomalib_before_its_import_loses_nothing() -> None:
+def test_find_spec_before_the_import_keeps_our_models() -> None:
     code = (
         "import importlib.util; assert importlib.util.find_spec('anomalib.models');"
         "from anomalib.models import list_models; assert 'clip_ad_sdp' in list_models()"

@@ -188,7 +188,7 @@ def test_without_a_checkpoint_the_class_name_and_the_rules_are_baked_in(small_cl
     assert shapes == [["batch_size", 3, 32, 32]]
 
 
-def test_without_any_class_an_object_is_assumed_and_said(
+def test_without_any_class_an_object_is_assumed_with_a_warning(
     small_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = ClipAdSdp(backbone=small_clip)

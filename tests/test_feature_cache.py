@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(own_category: Path,
 
 
 @pytest.mark.parametrize("kept", [True, "cache"])
-def test_an_unreadable_image_costs_only_itself(
+def test_only_an_unreadable_image_is_left_out(
     own_category: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: bool | str
 ) -> None:
     (own_category / "test/good/001.png").write_bytes(b"gone")

@@ -1,4 +1,4 @@
-"""Images as they come: damaged files cost only themselves, and every kind of pixel has its brightness."""
+"""Images as they come: a damaged file is skipped alone, and every kind of pixel has its brightness."""
 
 import logging
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def test_every_damaged_file_is_read_or_skipped_and_named(
 @pytest.mark.parametrize(
     "name, position, value", [("rgb.png", 11, 0), ("raw.tiff", 12, 1), ("gif.png", 786, 0), ("rgb.ppm", 3, 127)]
 )
-def test_one_bad_byte_costs_only_its_image(
+def test_one_bad_byte_skips_only_its_image(
     name: str, position: int, value: int, image_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each of these makes Pillow raise ValueError, which is not an OSError."""
@@ -168,7 +168,7 @@ def test_a_rotation_behind_the_pixels_of_a_png_is_found(tmp_path: Path, caplog: 
     assert f"{path} is stored rotated" in caplog.text
 
 
-def test_broken_exif_does_not_cost_the_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_with_invalid_exif_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "photo.jpg"
     Image.fromarray(SHADES).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff")
     with caplog.at_level(logging.WARNING):

@@ -42,7 +42,7 @@ CONFIG_NAME = "open_clip_config.json"
 
 
 class Backbone(NamedTuple):
-    """A CLIP and what it takes to feed it.
+    """A CLIP with its tokenizer and the normalisation of its input.
 
     Attributes:
         clip: The open_clip model, in eval mode, frozen.
@@ -67,7 +67,7 @@ def load_backbone(
 ) -> Backbone:
     """Build a CLIP and load its weights.
 
-    Weights already on disk are used without reaching for the network.
+    Weights already on disk are used without access to the network.
 
     Args:
         backbone: An architecture that open_clip knows, ``hf-hub:ORG/NAME``, or a folder with open_clip's
@@ -173,7 +173,7 @@ def fingerprint(module: nn.Module) -> str:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # a name that the file system does not take
+    except (OSError, ValueError):  # a name that the file system does not accept
         return False
 
 
@@ -189,7 +189,7 @@ def _build(backbone: str, config: dict[str, Any], quick_gelu: bool = False) -> n
     if quick_gelu:
         config["quick_gelu"] = True
     try:
-        # Random weights, where they stay, are the same in every process: a checkpoint made with them fits again.
+        # Random weights that are kept are the same in every process, so a checkpoint made with them fits.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)

@@ -69,7 +69,7 @@ def from_tag(backbone: str, tag: str) -> Path:
     cache = URL_CACHE.expanduser() if url else Path(constants.HF_HUB_CACHE)
     try:
         if (found := find_cached(backbone, tag)) is not None:
-            # Of a file from a URL open_clip checks the sum, and downloads nothing if it holds.
+            # open_clip verifies the checksum of a file from a URL, and does not download a valid one again.
             return Path(download_pretrained({"url": url})) if found.parent == cache and url else found
         if hub:
             name, _, file = hub.rpartition("/")

@@ -1,4 +1,4 @@
-"""Prompt ensembles: the sentences that describe a normal and a broken object.
+"""Prompt ensembles: the sentences that describe a normal and an anomalous object.
 
 CLIP-AD (arXiv 2311.00453), section 3.1 and appendix; the industrial set is the paper's, the medical set is ours.
 """
@@ -22,7 +22,7 @@ class PromptEnsemble:
 
     Args:
         normal_states: Phrases for an object as it should be.
-        anomalous_states: Phrases for a broken object.
+        anomalous_states: Phrases for an anomalous object.
         templates: Sentences around a phrase.
 
     Raises:
@@ -54,7 +54,7 @@ class PromptEnsemble:
 
     @classmethod
     def from_config(cls, config: "str | Path | Mapping[str, Any] | PromptEnsemble") -> "PromptEnsemble":
-        """Make an ensemble from what a user writes.
+        """Make an ensemble from a name, a file or a mapping.
 
         Args:
             config: ``"industrial"`` (the paper's) or ``"medical"`` (ours, not the paper's), the path of a YAML file,

@@ -129,7 +129,7 @@ def _pca(cloud: np.ndarray) -> np.ndarray:
 
 def _kde(cloud: np.ndarray, bandwidth: float) -> np.ndarray:
     log_density = KernelDensity(kernel="gaussian", bandwidth=bandwidth).fit(cloud).score_samples(cloud)
-    # The length is lost in the normalisation, so the constant that would overflow in many dimensions may go.
+    # The result is normalised, so the constant, which overflows in many dimensions, can be left out.
     return np.exp(log_density - log_density.max()) @ cloud
 
 

@@ -1,6 +1,6 @@
 """Tensors from files: read without executing the file, and refused in a sentence where they do not fit.
 
-One door for the weights of a CLIP, for adapters and for what a checkpoint holds.
+The weights of a CLIP, adapters and checkpoints are all read here.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def is_file(path: str | PathLike[str]) -> bool:
-    """Whether a file is there; no for a name that the file system does not take.
+    """Whether a file exists; False for a name that the file system does not accept.
 
     Example:
         >>> is_file("missing.pt"), is_file("n" * 5000)
@@ -73,7 +73,7 @@ def read_tensors(path: Path, what: str, checkpoint: bool = False) -> tuple[dict[
         else:
             with anomalib_safe_globals() if checkpoint else nullcontext():
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file leads the readers to errors of every kind
+    except Exception as error:  # damaged files make the readers raise errors of every kind
         # The error's own text is left out: torch's recommends to execute the file.
         msg = (
             f"The {what} {path} cannot be read as tensors ({type(error).__name__}): the file is damaged, of another "

@@ -84,7 +84,7 @@ class AuxiliaryDataset(Dataset):
         return [Path(sample.image_path), *([Path(sample.mask_path)] if _has_mask(sample.mask_path) else [])]
 
     def identity(self, index: int) -> str:
-        """Another text as soon as an image, its mask or its label is another one."""
+        """A text that changes when an image, its mask or its label changes."""
         part, row = self.rows[index]
         label = int(self.parts[part].samples.iloc[row].label_index)
         states = [(path, path.stat()) for path in self.files(index)]
@@ -271,7 +271,7 @@ class AuxiliaryDataModule(AnomalibDataModule):
 
 
 def _test_split(datamodule: AnomalibDataModule) -> AnomalibDataset:
-    """The whole test split, whatever the data module would hold out of it."""
+    """The whole test split, including what the data module would hold out for validation."""
     one = copy.deepcopy(datamodule)
     one.val_split_mode = ValSplitMode.NONE
     one.prepare_data()

@@ -1,4 +1,4 @@
-"""Data modules by name, and what of them is on disk."""
+"""Data modules by name, and their categories on disk."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,7 +11,7 @@ from anomalib_clipad.errors import InputError
 
 
 def build_datamodule(config: Mapping[str, Any]) -> AnomalibDataModule:
-    """Build a data module: anomalib's by its name, anybody's by its full path.
+    """Build a data module: one of anomalib's by its name, any other by its full path.
 
     Args:
         config: ``class_path`` and, if wanted, ``init_args``.

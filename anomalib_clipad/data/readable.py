@@ -1,4 +1,4 @@
-"""Images as cameras, phones and broken transfers leave them: what can be read is read, the rest is named and skipped.
+"""Images of any quality: what can be read is read, and an unreadable file is skipped with a warning that names it.
 
 anomalib reads every image as 8-bit RGB. That saturates images of more bits, makes those of fractions black, and one
 truncated file ends a whole run.
@@ -140,9 +140,11 @@ class _ReadableDataset(Dataset):
             item = self.dataset[index]
             path = getattr(item, "image_path", None)
             # Taps that were computed before take the place of the image.
-            return _mend(item, Path(path), self.dataset) if path and getattr(item, "features", None) is None else item
+            return (
+                _corrected(item, Path(path), self.dataset) if path and getattr(item, "features", None) is None else item
+            )
         except Exception as error:
-            # A broken file makes Pillow raise almost anything; what the files alone do not raise is a fault elsewhere.
+            # Pillow raises almost anything for a damaged file. If the files can be read, the fault is elsewhere.
             if not isinstance(error, OSError) and all(_can_be_read(path) for path in self._files(index)):
                 raise
             reason = str(error).strip() or type(error).__name__
@@ -188,14 +190,14 @@ class _SkippingCollate:
         return ZeroShotBatch.of(batch) if isinstance(batch, ImageBatch) else batch
 
 
-def _mend(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
+def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
     with Image.open(path) as image:  # only the header is read
         if _is_rotated(image, path):
             # Pillow 13 turns a TIFF when it decodes it, and scrambles one of one channel without compression.
             how = "may be read wrongly" if image.format == "TIFF" else "scored as stored"
             logger.warning("%s is stored rotated and %s; save it upright if that is not meant.", path, how)
         if image.mode in DEEP:
-            # PNG has no more than 16 bits, whatever Pillow makes of it.
+            # A PNG has at most 16 bits, whichever mode Pillow opens it in.
             sixteen_bit = image.mode in SIXTEEN_BIT or image.format == "PNG"
             grey = torch.from_numpy(scale_to_unit(np.asarray(image), sixteen_bit))
             transform = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
@@ -206,7 +208,7 @@ def _mend(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
 
 def _is_rotated(image: Image.Image, path: Path) -> bool:
     if image.format == "PNG" and "exif" not in image.info:
-        # It may stand behind the pixels, and Pillow decodes them all to look there.
+        # EXIF may follow the pixels, and Pillow would decode them all to find it.
         content = path.read_bytes()
         if not any(mark in content for mark in PNG_EXIF):
             return False

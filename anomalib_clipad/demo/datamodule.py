@@ -66,7 +66,7 @@ class DemoTextures(MVTecAD):
 
 
 def write_category(root: Path, category: str) -> None:
-    """Write one category: whole or not at all, whoever else writes it at the same time.
+    """Write one category atomically; other processes may write it at the same time.
 
     Args:
         root: Folder of the data set.
@@ -100,7 +100,7 @@ def write_category(root: Path, category: str) -> None:
                 _write(folder / "ground_truth" / name / f"{index:03d}_mask.png", mask)
         try:
             folder.rename(root / category)
-        except OSError:  # somebody was quicker
+        except OSError:  # another process was faster
             if not (root / category).is_dir():
                 raise
     logger.info("Wrote the category %s to %s.", category, root)

@@ -171,7 +171,7 @@ def paint_defect(
     for _ in range(10):
         broken, cover = DEFECTS[kind](_Brush(picture, inside, rng))
         mask = (cover > 0.4) & inside
-        # Some land where they hardly show: a dark stain on a dark edge, a stroke beside the object.
+        # Some are hardly visible: a dark stain on a dark edge, a stroke beside the object.
         if mask.sum() > 4e-4 * mask.size and np.abs(broken - picture)[mask].mean() > 0.12:
             break
     broken = np.where(inside[..., None], broken, picture)

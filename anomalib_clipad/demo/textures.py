@@ -307,7 +307,7 @@ def _photograph(name: str) -> Callable[[Canvas], Relief]:
     return surface
 
 
-# Which surfaces the demonstration backbone learned from, which chose its checkpoint, and which it never saw.
+# The surfaces for training the demonstration backbone, for choosing its checkpoint, and for testing.
 # Photographs are scikit-image's own, CC0.
 TRAINING: dict[str, Callable[[Canvas], Relief]] = {
     "wood": _wood,
