@@ -128,7 +128,8 @@ def build_model(name: str, small_clip: str, root: Path, **arguments: object) -> 
 def new_engine(root: Path, **arguments: object) -> Engine:
     """A quiet engine on one CPU, its results under ``root``."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Engine(default_root_dir=root / "results", accelerator="cpu", devices=1, **{**quiet, **arguments})
+    defaults = {**quiet, "accelerator": "cpu", "devices": 1}
+    return Engine(default_root_dir=root / "results", **{**defaults, **arguments})
 
 
 def write_category(root: Path, normal: int = 5, broken: int = 6, size: int = 48) -> Path:

@@ -126,37 +126,38 @@ def test_bf16_mixed_trains_and_tests(small_clip: str, auxiliary_root: Path, cate
     assert figures == pytest.approx(expected, abs=0.05)  # one exchange of two images is worth 1 / 30
 
 
-DDP = """
-import sys, torch
+SCRIPT = """
+import sys
 from pathlib import Path
-from anomalib.engine import Engine
-from anomalib_clipad import ClipAdSdpPlus
-from tests.conftest import auxiliary
+from tests.test_sdp_plus_training import learn
 if __name__ == "__main__":
-    clip, root, out, devices = sys.argv[1:]
-    torch.manual_seed(0)
-    model = ClipAdSdpPlus(backbone=clip, lr=1e-2, visualizer=False)
-    engine = Engine(default_root_dir=out, logger=False, enable_progress_bar=False, accelerator="cpu", max_epochs=2,
-                    devices=int(devices), strategy="ddp" if int(devices) > 1 else "auto", num_sanity_val_steps=0)
-    engine.fit(model, datamodule=auxiliary(Path(root), train_batch_size=4 // int(devices)))
-    if engine.trainer.is_global_zero:
-        keep = {k: v.clone() for k, v in engine.trainer.callback_metrics.items() if k.startswith("train")}
-        torch.save({"losses": keep, "adapter": model.model.adapter.state_dict()}, out + "/result.pt")
+    learn(*map(Path, sys.argv[1:]), devices=2)
 """
+
+
+def learn(small_clip: Path, root: Path, out: Path, devices: int) -> None:
+    """Train for two epochs on batches of four; the first process saves the losses and the layers."""
+    torch.manual_seed(0)
+    model = ClipAdSdpPlus(backbone=str(small_clip), lr=1e-2, visualizer=False)
+    strategy = "ddp" if devices > 1 else "auto"
+    engine = new_engine(out, max_epochs=2, devices=devices, strategy=strategy, num_sanity_val_steps=0)
+    engine.fit(model, datamodule=auxiliary(root, train_batch_size=4 // devices))
+    if engine.trainer.is_global_zero:
+        losses = {k: v.clone() for k, v in engine.trainer.callback_metrics.items() if k.startswith("train")}
+        torch.save({"losses": losses, "adapter": state(model)}, out / "result.pt")
 
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    results = []
-    for devices in (1, 2):
-        out = tmp_path / str(devices)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for out in folders:
         out.mkdir()
-        done = run_command(sys.executable, script, small_clip, auxiliary_root, out, devices, cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(out / "result.pt", weights_only=True))
-    one, two = results
+    learn(Path(small_clip), auxiliary_root, folders[0], devices=1)
+    script = tmp_path / "two.py"
+    script.write_text(SCRIPT)
+    done = run_command(sys.executable, script, small_clip, auxiliary_root, folders[1], cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(out / "result.pt", weights_only=True) for out in folders)
     for key, value in one["losses"].items():
         if key.endswith("epoch"):
             torch.testing.assert_close(two["losses"][key], value, atol=1e-5, rtol=1e-5, msg=key)
