@@ -155,6 +155,7 @@ def test_a_checkpoint_brings_references_and_thresholds(name: str, small_clip: st
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_exports_have_references_and_thresholds(
     name: str, small_clip: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
