@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad.components import p_values
 
 from .conftest import build_model
 
@@ -41,7 +42,10 @@ class Chain(nn.Module):
         self.model, self.post_processor = model.model, model.post_processor
 
     def forward(self, images: torch.Tensor, classes: torch.Tensor) -> InferenceBatch:
-        return self.post_processor(self.model(images, classes))
+        prediction = self.model(images, classes)
+        if len(self.post_processor.good_scores):
+            p_values(prediction.pred_score, self.post_processor.good_scores)
+        return self.post_processor(prediction)
 
 
 class Loss(nn.Module):
@@ -63,11 +67,15 @@ def on_gpu(module: nn.Module, fake: FakeTensorMode) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ClipAdSdp", "ClipAdSdpPlus"])
+@pytest.mark.parametrize("references", [0, 2])
 def test_images_become_maps_without_leaving_the_gpu_or_waiting_for_it(
-    small_clip: str, tmp_path: Path, name: str, dtype: torch.dtype
+    small_clip: str, tmp_path: Path, name: str, dtype: torch.dtype, references: int
 ) -> None:
     model = build_model(name, small_clip, tmp_path, visualizer=False)
     model.choose_class("widget")
+    if references:
+        scores = model.model.set_references([torch.rand(references, 3, 32, 32)])
+        model.post_processor.set_from_normal(model.model, [scores], references)
     chain = Chain(model.eval()).to(dtype)
     with FakeTensorMode() as fake:
         state = on_gpu(chain, fake)
