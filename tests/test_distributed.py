@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from anomalib.engine import Engine
 
 from anomalib_clipad import ClipAdSdp
+from anomalib_clipad.engine.table import NAME
 
 from .conftest import ROOT, ROUNDING, folder, run_command
 
@@ -59,6 +61,13 @@ def test_two_processes_give_the_figures_and_pictures_of_one(
     assert sorted([*parts[0]["scores"], *parts[1]["scores"]]) == sorted(expected["scores"]), "each image once"
     assert parts[0]["scores"] | parts[1]["scores"] == pytest.approx(expected["scores"], abs=ROUNDING)
     assert pictures(two) == pictures(one)
+    assert tables(two) == tables(one)
+    assert [len(paths) for paths in tables(one).values()] == [6], "that of the later run"
+
+
+def tables(root: Path) -> dict[str, list[str]]:
+    """Images of every table, of which there is one a folder of results."""
+    return {str(path.relative_to(root)): sorted(pd.read_csv(path).path) for path in root.rglob(f"{NAME}*")}
 
 
 def pictures(root: Path) -> list[str]:

@@ -162,6 +162,10 @@ class ReadableDataset(Dataset):
             logger.warning("Skipped %s, which cannot be read (%s); replace the file.", self._name(index), reason)
             return None
 
+    def image_paths(self) -> list[str]:
+        """Files of all images, in order, also of those that cannot be read; none where the data set does not say."""
+        return [str(files[0]) for files in map(self._files, range(len(self))) if files]
+
     def _name(self, index: int) -> str:
         files = self._files(index)
         if not files:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.engine.checkpoint import CheckedCheckpointIO
+from anomalib_clipad.engine.table import PredictionTable
 
 LOOPS = {
     TrainerFn.FITTING: "fit_loop",
@@ -43,7 +44,7 @@ def drop_components_of_other_models(trainer: Trainer) -> None:
     two models at once if their classes differ. Users give these kinds to the model; an evaluator of a class of its own
     may be the engine's and stays.
     """
-    kinds = (PreProcessor, PostProcessor, Visualizer, RunGuard)
+    kinds = (PreProcessor, PostProcessor, Visualizer, RunGuard, PredictionTable)
     _keep_callbacks(trainer, lambda callback: not isinstance(callback, kinds) and type(callback) is not Evaluator)
 
 
@@ -151,9 +152,7 @@ class RunGuard(Callback):
         """Leave the trainer as it was."""
         del pl_module, stage
         self._stack.close()
-        cast("Any", trainer).callbacks = [
-            callback for callback in cast("Any", trainer).callbacks if callback is not self
-        ]
+        _keep_callbacks(trainer, lambda callback: callback is not self and not isinstance(callback, PredictionTable))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise after a failure."""

@@ -27,6 +27,7 @@ from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
+from anomalib_clipad.engine.table import PredictionTable
 
 if TYPE_CHECKING:
     _Module = AnomalibModule
@@ -108,7 +109,7 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """The model's components, and what leaves the trainer as it was."""
         drop_components_of_other_models(self.trainer)
-        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks())]
+        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks()), PredictionTable()]
 
     def on_validation_start(self) -> None:
         """See :meth:`prepare_classes`."""

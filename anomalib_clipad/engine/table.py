@@ -1,0 +1,199 @@
+"""A row an image: what a run found, written as it comes."""
+
+import csv
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from scipy import ndimage
+
+from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.readable import ReadableDataset
+from anomalib_clipad.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+NAME = "predictions.csv"
+BOX = ("left", "top", "right", "bottom")
+COLUMNS = (
+    *("path", "class", "score", "threshold", "label", "p_value", "true_label", "marked_area"),
+    *(f"box_{side}" for side in BOX),
+    "explanation",
+)
+VERDICTS = ("normal", "anomalous")
+MOST_NAMED = 5  # skipped images in the closing line
+
+
+class PredictionTable(Callback):
+    """Writes ``predictions.csv`` beside the pictures of a run, and says at its end what was found.
+
+    A row has the image's path and class, its score, the threshold that it is compared with, label, p-value where
+    scores of normal images are known, true label where it is known, the marked share of the image, the bounding box of
+    the largest marked region as fractions of width and height, and the batch's explanation. Rows are written batch by
+    batch, so an interrupted run leaves those of all images that it has scored.
+
+    Example:
+        >>> PredictionTable.path(Path("results"))
+        PosixPath('results/predictions.csv')
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[str] | None = None
+        self._paths: list[str] = []
+        self._anomalous = 0
+
+    @staticmethod
+    def path(folder: Path, rank: int = 0) -> Path:
+        """Where a process writes its rows."""
+        return folder / (f"{NAME}.{rank}" if rank else NAME)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a table."""
+        del pl_module
+        self._close()
+        self._paths, self._anomalous = [], 0
+        path = self.path(Path(trainer.default_root_dir), trainer.global_rank)
+        with _sentence(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+            csv.writer(self._file).writerow(COLUMNS)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's
+        batch: Any,  # noqa: ANN401 - Lightning's
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the rows of a batch."""
+        del batch, batch_idx, dataloader_idx
+        if self._file is None:
+            return
+        rows = list(_rows(cast("ZeroShotBatch", outputs), pl_module))
+        with _sentence(self.path(Path(trainer.default_root_dir), trainer.global_rank)):
+            csv.DictWriter(self._file, COLUMNS).writerows(rows)
+            self._file.flush()
+        self._paths += [row["path"] for row in rows]
+        self._anomalous += sum(row["label"] == VERDICTS[1] for row in rows)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the tables of several processes, and say what was found."""
+        del pl_module
+        self._close()
+        folder = Path(trainer.default_root_dir)
+        trainer.strategy.barrier("tables are written")
+        if not trainer.is_global_zero:
+            return
+        with _sentence(self.path(folder)):
+            for rank in range(1, trainer.world_size):
+                self._join(self.path(folder), self.path(folder, rank))
+        known = sorted(_images_of(trainer))
+        seen = set(self._paths)
+        skipped = [path for path in known if path not in seen]
+        words = f"{len(self._paths)} images, {self._anomalous} of them anomalous"
+        if skipped:
+            more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
+            words += f"; {len(skipped)} skipped: {', '.join(skipped[:MOST_NAMED])}{more}"
+        logger.info("%s. Table: %s.", words, self.path(folder))
+
+    on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the rows that were written."""
+        del trainer, pl_module, exception
+        self._close()
+
+    def _join(self, table: Path, part: Path) -> None:
+        with part.open(newline="", encoding="utf-8") as other, table.open("a", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(other))
+            csv.DictWriter(file, COLUMNS).writerows(rows)
+        part.unlink()
+        self._paths += [row["path"] for row in rows]
+        self._anomalous += sum(row["label"] == VERDICTS[1] for row in rows)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # of rows that could not be written before, which was said then
+                self._file.close()
+            self._file = None
+
+
+@contextmanager
+def _sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        msg = (
+            f"{path} cannot be written ({error.strerror or error}); what was written stays. Make room there, or set "
+            "default_root_dir to another folder."
+        )
+        raise InputError(msg) from error
+
+
+def _rows(batch: ZeroShotBatch, model: LightningModule) -> Iterator[dict[str, Any]]:
+    names = cast("Any", model).model.class_names
+    post_processor = cast("Any", model).post_processor
+    threshold = 1 - post_processor.image_sensitivity if isinstance(post_processor, PostProcessor) else None
+    for number, item in enumerate(batch.items):
+        label = None if item.pred_label is None else VERDICTS[int(item.pred_label)]
+        truth = None if item.gt_label is None else VERDICTS[int(item.gt_label)]
+        row = {
+            "path": str(item.image_path) if item.image_path else f"image {number}",
+            "class": names[int(item.class_index)] if item.class_index is not None else names[0],
+            "score": _number(item.pred_score),
+            "threshold": threshold if label is not None else None,
+            "label": label,
+            "p_value": _number(item.p_value),
+            "true_label": truth,
+            "explanation": item.explanation,
+        }
+        if item.pred_mask is not None:
+            mask = cast("torch.Tensor", item.pred_mask).detach().cpu().numpy().astype(bool)
+            row["marked_area"] = f"{mask.mean():.6f}"
+            row |= {f"box_{side}": f"{value:.4f}" for side, value in zip(BOX, largest_box(mask), strict=False)}
+        yield row
+
+
+def largest_box(mask: np.ndarray) -> tuple[float, ...]:
+    """Bounding box of the largest connected region of a mask.
+
+    Args:
+        mask: (H, W), true where marked; pixels that touch at a corner are connected.
+
+    Returns:
+        Left, top, right and bottom as fractions of width and height; nothing for an empty mask.
+
+    Example:
+        >>> mask = np.zeros((4, 10), dtype=bool)
+        >>> mask[1:3, 2:7] = mask[0, 9] = True
+        >>> largest_box(mask)
+        (0.2, 0.25, 0.7, 0.75)
+    """
+    regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if not count:
+        return ()
+    largest = int(np.bincount(regions.ravel())[1:].argmax())
+    rows, columns = ndimage.find_objects(regions)[largest]
+    height, width = mask.shape
+    return columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
+
+
+def _number(value: Any) -> str | None:  # noqa: ANN401 - a number or a tensor of one
+    return None if value is None else f"{float(value):.6g}"
+
+
+def _images_of(trainer: Trainer) -> Iterator[str]:
+    """Paths of all images that the run was to read, also of those that it could not."""
+    loaders: Any = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        dataset = getattr(loader, "dataset", None)
+        if isinstance(dataset, ReadableDataset):
+            yield from dataset.image_paths()

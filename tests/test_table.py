@@ -1,0 +1,147 @@
+"""The table that test and predict leave: a row an image, written as it comes."""
+
+import logging
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from anomalib_clipad import ClipAdSdp, InputError
+from anomalib_clipad.engine.table import COLUMNS, NAME, largest_box
+
+from .conftest import ANOMALIB, folder, limited_files, new_engine, start_command, write_category
+
+BARE = {"visualizer": False}
+
+
+def table_of(engine: object) -> pd.DataFrame:
+    return pd.read_csv(Path(engine.trainer.default_root_dir) / NAME)
+
+
+def test_a_row_says_what_the_batch_says(small_clip: str, category: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    model = ClipAdSdp(backbone=small_clip, k_shot=2, **BARE)
+    batches = engine.predict(model, datamodule=folder(category, eval_batch_size=4))
+    table = table_of(engine)
+    assert tuple(table.columns) == COLUMNS
+    items = [item for batch in batches for item in batch.items]
+    assert list(table.path) == [item.image_path for item in items]
+    assert set(table["class"]) == {"widget"}
+    assert (table.threshold == 0.5).all()
+    for row, item in zip(table.itertuples(), items, strict=True):
+        assert row.score == pytest.approx(item.pred_score.item(), rel=1e-5)
+        assert row.p_value == pytest.approx(item.p_value.item(), rel=1e-5)
+        assert row.label == ("anomalous" if item.pred_label else "normal")
+        assert row.true_label == ("anomalous" if "square" in row.path else "normal")
+        assert row.marked_area == pytest.approx(item.pred_mask.float().mean().item(), abs=1e-6)
+        if item.pred_mask.any():
+            rows, columns = np.nonzero(item.pred_mask.numpy())
+            assert columns.min() / 32 - 1e-4 <= row.box_left < row.box_right <= (columns.max() + 1) / 32 + 1e-4
+            assert rows.min() / 32 - 1e-4 <= row.box_top < row.box_bottom <= (rows.max() + 1) / 32 + 1e-4
+        else:
+            assert np.isnan(row.box_left)
+
+
+def test_predicted_images_have_no_true_label(small_clip: str, category: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=category / "test/good")
+    table = table_of(engine)
+    assert len(table) == 5
+    assert table.true_label.isna().all()
+    assert table.p_value.isna().all()
+
+
+def test_the_largest_of_several_regions_has_the_box() -> None:
+    mask = np.zeros((10, 20), dtype=bool)
+    mask[0, :5] = True  # five pixels
+    mask[4:7, 10:12] = True  # six
+    mask[7, 12] = True  # touches at a corner
+    assert largest_box(mask) == (0.5, 0.4, 0.65, 0.8)
+    assert largest_box(np.zeros((3, 3), dtype=bool)) == ()
+
+
+def test_the_end_of_a_run_says_how_many_and_what_was_skipped(
+    small_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_category(tmp_path / "widget", normal=4, broken=3)
+    (root / "test/good/001.png").write_bytes(b"not an image")
+    engine = new_engine(tmp_path)
+    with caplog.at_level(logging.INFO, "anomalib_clipad"):
+        engine.test(ClipAdSdp(backbone=small_clip, **BARE), datamodule=folder(root), verbose=False)
+    table = table_of(engine)
+    words = (
+        f"6 images, {(table.label == 'anomalous').sum()} of them anomalous; 1 skipped: {root / 'test/good/001.png'}."
+    )
+    assert words in caplog.text
+    assert NAME in caplog.text
+
+
+def test_a_second_run_begins_a_table_of_its_own(small_clip: str, category: Path, tmp_path: Path) -> None:
+    engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip, **BARE)
+    for part, count in (("test/square", 6), ("test/good", 5)):
+        engine.predict(model, data_path=category / part)
+        assert len(table_of(engine)) == count
+
+
+def test_names_with_commas_quotes_and_line_breaks_stay_whole(small_clip: str, tmp_path: Path) -> None:
+    names = ['a,"b".png', "two\nlines.png", "größe.png"]
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        Image.new("RGB", (40, 40), "grey").save(tmp_path / "photos" / name)
+    engine = new_engine(tmp_path)
+    engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=tmp_path / "photos")
+    assert {Path(path).name for path in table_of(engine).path} == set(names)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_written(
+    small_clip: str, category: Path, tmp_path: Path
+) -> None:
+    model = ClipAdSdp("cup" * 300, small_clip, **BARE)
+    engine = new_engine(tmp_path)
+    model.choose_class("cup" * 300)
+    with limited_files(3000), pytest.raises(InputError, match="cannot be written .*; what was written stays"):
+        engine.predict(model, data_path=category / "test")
+    written = (Path(engine.trainer.default_root_dir) / NAME).read_text()
+    assert written.startswith(",".join(COLUMNS))
+    assert written.count("\n") >= 2
+
+
+def test_scores_that_are_not_a_number_are_in_the_table(small_clip: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.full((40, 40), np.nan, dtype=np.float32)).save(tmp_path / "photos/nan.tiff")
+    engine = new_engine(tmp_path)
+    engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=tmp_path / "photos")
+    table = table_of(engine)
+    assert table.score.isna().all()
+    assert set(table.label) == {"anomalous"}
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_the_rows_of_all_images_it_has_scored(small_clip: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(600):
+        Image.fromarray(np.full((64, 64, 3), number % 255, dtype=np.uint8)).save(tmp_path / f"photos/{number:03d}.png")
+    arguments = ["--model.backbone", small_clip, "--model.class_name", "cup", "--data", "photos"]
+    process = start_command(ANOMALIB, "predict", "--model", "ClipAdSdp", *arguments, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        tables = list(tmp_path.rglob(NAME))
+        if tables and tables[0].read_text().count("\n") > 20:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, "the run ended before"
+    table = pd.read_csv(tables[0])
+    assert 20 <= len(table) < 600
+    assert table.label.notna().all()
+
+
+def test_the_trainer_is_left_without_the_table(small_clip: str, category: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=category / "test/good")
+    assert not any("Table" in type(callback).__name__ for callback in engine.trainer.callbacks)
