@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -55,8 +56,9 @@ ROUNDING = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
+def _fixed_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # which other tests set, and by which normal images are drawn
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -283,3 +285,21 @@ def image_folder(tmp_path: Path) -> Path:
     for name in ("a.png", "b.jpg"):
         Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / name)
     return folder
+
+
+def write_good(root: Path, images: int, size: int = 48, seed: int = 5) -> Path:
+    """Normal images as ``write_category`` makes them."""
+    root.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for number in range(images):
+        Image.fromarray(rng.integers(60, 120, (size, size, 3), dtype=np.uint8)).save(root / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A category with 12 normal training images; not to be written to."""
+    root = write_category(tmp_path_factory.mktemp("parts") / "widget", normal=6, broken=5)
+    shutil.rmtree(root / "train/good")
+    write_good(root / "train/good", 12)
+    return root

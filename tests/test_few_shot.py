@@ -1,7 +1,5 @@
 """Normal images in the engine: references, thresholds, and what a checkpoint and an export keep of them."""
 
-import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,46 +8,17 @@ import onnxruntime
 import pytest
 import torch
 from anomalib import LearningType
-from anomalib.data import Folder, PredictDataset
+from anomalib.data import PredictDataset
 from anomalib.deploy import TorchInferencer
 from lightning.pytorch import seed_everything
 from PIL import Image
 
 from anomalib_clipad import ClipAdSdp, InputError
-from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 
-from .conftest import LAYOUT, build_model, folder, new_engine, write_category
+from .conftest import build_model, folder, new_engine, write_category, write_good
 
 BARE = {"visualizer": False}
 MODELS = ("ClipAdSdp", "ClipAdSdpPlus")
-
-
-def write_good(root: Path, images: int, size: int = 48, seed: int = 5) -> Path:
-    """Normal images as ``write_category`` makes them."""
-    root.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    for number in range(images):
-        Image.fromarray(rng.integers(60, 120, (size, size, 3), dtype=np.uint8)).save(root / f"{number:03d}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A category with 12 normal training images; not to be written to."""
-    root = write_category(tmp_path_factory.mktemp("parts") / "widget", normal=6, broken=5)
-    shutil.rmtree(root / "train/good")
-    write_good(root / "train/good", 12)
-    return root
-
-
-@pytest.fixture(autouse=True)
-def _no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-
-
-def normal_only(parts: Path) -> Folder:
-    """Normal images alone, as on the first day."""
-    return Folder("widget", root=parts, normal_dir="train/good", num_workers=0)
 
 
 def predict(model: ClipAdSdp, where: Path, **arguments: object) -> dict[str, torch.Tensor]:
@@ -191,144 +160,6 @@ def test_an_export_of_k_shot_takes_the_data_or_says_what_it_needs(small_clip: st
     assert len(files_of(model.model, model.pre_processor.transform, parts / "train/good")) == 2
 
 
-def test_thresholds_come_from_references_alone_where_there_is_nothing_else(
-    small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = ClipAdSdp("cup", small_clip, few_shot_source=parts / "train/good", **BARE)
-    with caplog.at_level(logging.INFO, "anomalib_clipad"):
-        found = predict(model, tmp_path, data_path=parts / "test")
-    assert (
-        "set from 12 normal images, all of them references. False-alarm rate: 7.7% expected, at most 22.1%"
-        in caplog.text
-    )
-    scores = model.post_processor.good_scores
-    assert len(scores) == 12
-    assert model.post_processor.image_threshold == scores.max()
-    assert ((found["p_value"] * 13 - (found["p_value"] * 13).round()).abs() < 1e-5).all()
-
-
-def test_a_rate_takes_the_other_training_images_and_not_the_test_images(
-    small_clip: str, parts: Path, tmp_path: Path
-) -> None:
-    model = ClipAdSdp(backbone=small_clip, k_shot=2, false_alarm_rate=0.1, **BARE)
-    new_engine(tmp_path).test(model, datamodule=folder(parts), verbose=False)  # validates on the test images
-    assert len(model.post_processor.good_scores) == 12
-    plain = []
-    for path in sorted((parts / "train/good").iterdir()):
-        image = model.pre_processor.transform(PredictDataset(path)[0].image)[None]
-        prediction = model.model(image)
-        if model.model.references(model.model.taps(image).original).max() > 1e-3:
-            plain.append((prediction.pred_score.item(), prediction.anomaly_map.max().item()))
-    assert len(plain) == 10
-    scores = model.post_processor.good_scores
-    for score, _ in plain:
-        assert (scores - score).abs().min() < 1e-5
-    assert model.post_processor.image_threshold == scores.sort().values[11]  # ceil(13 * 0.9) of 12
-
-
-def test_a_rate_works_without_references(small_clip: str, parts: Path, tmp_path: Path) -> None:
-    model = ClipAdSdp(backbone=small_clip, false_alarm_rate=0.1, **BARE)
-    assert model.learning_type == LearningType.ZERO_SHOT
-    found = predict(model, tmp_path, datamodule=folder(parts))
-    assert not model.model.references.fitted
-    assert len(model.post_processor.good_scores) == 12
-    assert "p_value" in found
-
-
-def test_validation_images_serve_where_no_others_are_normal(small_clip: str, parts: Path, tmp_path: Path) -> None:
-    class WithoutTraining(Folder):
-        def _setup(self, stage: str | None = None) -> None:
-            super()._setup(stage)
-            self.train_data.samples = self.train_data.samples[:0]
-
-    data = WithoutTraining("widget", root=parts, num_workers=0, val_split_mode="same_as_test", **LAYOUT)
-    model = ClipAdSdp(backbone=small_clip, false_alarm_rate=0.2, **BARE)
-    new_engine(tmp_path).validate(model, datamodule=data, verbose=False)
-    assert len(model.post_processor.good_scores) == 6
-
-
-def test_no_normal_image_of_the_calibration_shows_more_than_promised(
-    small_clip: str, parts: Path, tmp_path: Path
-) -> None:
-    """Of 12 normal images and a rate of 0.2, ceil(13 * 0.8) = 11 stay below: one may be above."""
-    model = ClipAdSdp("cup", small_clip, false_alarm_rate=0.2, **BARE)
-    new_engine(tmp_path / "a").validate(model, datamodule=folder(parts), verbose=False)
-    found = predict(model, tmp_path / "b", data_path=parts / "train/good")
-    assert found["pred_label"].sum() == 1
-    assert found["pred_mask"].flatten(1).any(dim=1).sum() == 1
-    assert (found["p_value"] <= 0.2).sum() == 1
-
-
-@pytest.mark.parametrize(
-    "arguments", [{}, {"k_shot": 3}, {"false_alarm_rate": 0.2}, {"k_shot": 2, "false_alarm_rate": 0.2}]
-)
-@pytest.mark.parametrize("labels", ["labelled", "normal", "none"])
-def test_label_and_mask_follow_what_is_shown(
-    small_clip: str, parts: Path, tmp_path: Path, arguments: dict, labels: str
-) -> None:
-    model = ClipAdSdp("cup", small_clip, **arguments, **BARE)
-    if labels == "none":
-        if "k_shot" in arguments:
-            model.few_shot_source = parts / "train/good"
-    else:
-        data = folder(parts) if labels == "labelled" else normal_only(parts)
-        new_engine(tmp_path / "a").validate(model, datamodule=data, verbose=False)
-    found = predict(model, tmp_path / "b", data_path=parts / "test")
-    assert torch.equal(found["pred_label"], found["pred_score"] > 0.5)
-    assert torch.equal(found["pred_mask"], found["anomaly_map"] > 0.5)
-    for key in ("pred_score", "anomaly_map"):
-        assert ((found[key] >= 0) & (found[key] <= 1)).all()
-    threshold = model.post_processor.image_threshold
-    if threshold.isfinite():
-        shown = model.post_processor._shown("image", threshold, threshold)
-        assert shown.item() == pytest.approx(0.5, abs=1e-6)
-
-
-@pytest.mark.parametrize("rate", [None, 0.2])
-def test_sensitivities_move_the_threshold_of_what_is_shown(
-    small_clip: str, parts: Path, tmp_path: Path, rate: float | None
-) -> None:
-    found = {}
-    for sensitivity in (0.2, 0.8):
-        model = ClipAdSdp("cup", small_clip, false_alarm_rate=rate, **BARE)
-        model.post_processor.image_sensitivity = model.post_processor.pixel_sensitivity = sensitivity
-        new_engine(tmp_path / f"{sensitivity}a").validate(model, datamodule=folder(parts), verbose=False)
-        found[sensitivity] = predict(model, tmp_path / f"{sensitivity}b", data_path=parts / "test")
-        assert torch.equal(found[sensitivity]["pred_label"], found[sensitivity]["pred_score"] > 1 - sensitivity)
-    assert found[0.2]["pred_mask"].sum() < found[0.8]["pred_mask"].sum()
-
-
-def test_a_rate_that_too_few_images_support_is_said(
-    small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = ClipAdSdp(backbone=small_clip, false_alarm_rate=0.01, **BARE)
-    new_engine(tmp_path).validate(model, datamodule=folder(parts), verbose=False)
-    assert (
-        "A false-alarm rate of 1.0% needs 99 normal images. The largest score of 12 normal images is the threshold: "
-        "7.7% expected, at most 22.1% with 95 % confidence." in caplog.text
-    )
-
-
-def test_scores_that_tell_nothing_apart_are_said(
-    small_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    root = write_category(tmp_path / "widget", normal=4, broken=4)
-    for path in (root / "test/square").iterdir():  # anomalous by name only
-        shutil.copy(root / "test/good" / path.name, path)
-    new_engine(tmp_path).validate(ClipAdSdp(backbone=small_clip, **BARE), datamodule=folder(root), verbose=False)
-    assert "hardly tell anomalous validation images from normal ones (AUROC 0.50)" in caplog.text
-
-
-@pytest.mark.parametrize(("images", "said"), [(4, False), (6, True)])
-def test_all_images_anomalous_is_said(
-    small_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, images: int, said: bool
-) -> None:
-    model = ClipAdSdp("cup", small_clip, **BARE)
-    model.post_processor.image_sensitivity = 1.0  # everything is
-    predict(model, tmp_path, data_path=write_good(tmp_path / "photos", images))
-    assert ("All 6 images are called anomalous; if they are not, check class_name" in caplog.text) is said
-
-
 def test_a_reference_that_cannot_be_read_is_named_and_skipped(
     small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,9 +236,3 @@ def test_a_checkpoint_without_references_is_refused_where_they_are_wanted(
 def test_wrong_arguments_are_one_sentence(small_clip: str, arguments: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         ClipAdSdp("cup", small_clip, **arguments)
-
-
-def test_a_post_processor_of_ones_own_has_its_rate(small_clip: str) -> None:
-    model = ClipAdSdp("cup", small_clip, post_processor=ClipAdPostProcessor(false_alarm_rate=0.1))
-    assert model.post_processor.false_alarm_rate == 0.1
-    assert model.post_processor.map_scale == model.model.map_scale

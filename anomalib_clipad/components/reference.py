@@ -41,9 +41,11 @@ def neighbourhood_means(patches: torch.Tensor, grid: tuple[int, int]) -> torch.T
         tensor([[[0.7071, 0.7071],
                  [0.7071, 0.7071]]])
     """
-    planes = patches.transpose(1, 2).unflatten(2, grid)
-    means = F.avg_pool2d(planes, 3, stride=1, padding=1, count_include_pad=False)
-    return F.normalize(means.flatten(2).transpose(1, 2), dim=-1)
+    rows, columns = (_near(side, patches) for side in grid)
+    # Two small matrix products leave the vectors where they lie; a sum of unit length is the mean of unit length.
+    sums = rows @ patches.unflatten(1, grid).flatten(2)  # (B, rows, columns * W)
+    sums = columns @ sums.unflatten(2, (grid[1], -1))  # (B, rows, columns, W)
+    return F.normalize(sums.flatten(1, 2), dim=-1)
 
 
 class ReferenceBank(Float32Buffers):
@@ -149,27 +151,28 @@ class ReferenceBank(Float32Buffers):
         if not self.fitted:
             msg = "There are no references to compare with; call fit with tokens of normal images first."
             raise InputError(msg)
-        patches = torch.stack([_unit(tokens) for tokens in original])  # (taps, B, N, W)
-        means = torch.stack([neighbourhood_means(tokens, self.grid) for tokens in patches])
-        return self._distance(torch.stack([patches, means]), self.bank)
+        patches = [_unit(tokens) for tokens in original]
+        means = [neighbourhood_means(tokens, self.grid) for tokens in patches]
+        return self._distance([patches, means], self.bank)
 
     @staticmethod
-    def _distance(patches: torch.Tensor, bank: torch.Tensor, comparable: torch.Tensor | None = None) -> torch.Tensor:
+    def _distance(
+        patches: torch.Tensor | list[list[torch.Tensor]], bank: torch.Tensor, comparable: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(2, taps, B, N, W) against (2, taps, M, W): (B, N); ``comparable`` tells which pairs (N or 1, M) count."""
-        total = torch.zeros((), device=patches.device)
+        total = torch.zeros((), device=bank.device)
         for kind, ours in zip(patches, bank, strict=True):
             for tokens, references in zip(kind, ours, strict=True):
                 cosines = tokens @ references.T  # (B, N, M)
                 if comparable is not None:
                     cosines = cosines.masked_fill(~comparable, -1.0)
                 total = total + (1 - cosines.amax(dim=-1))
-        return 0.5 * total / (patches.shape[0] * patches.shape[1])
+        return 0.5 * total / (bank.shape[0] * bank.shape[1])
 
     def _near(self) -> torch.Tensor:
         """(N, N), whether two patches of an image are the same or neighbours."""
-        rows, columns = (side.flatten() for side in torch.meshgrid(*map(torch.arange, self.grid), indexing="ij"))
-        near = ((rows[:, None] - rows).abs() <= 1) & ((columns[:, None] - columns).abs() <= 1)
-        return near.to(self.patches.device)
+        rows, columns = (_near(side, self.bank) for side in self.grid)
+        return torch.kron(rows, columns).bool()
 
     def _prepare(self) -> None:
         """Make what is compared from what is kept."""
@@ -289,6 +292,12 @@ class ReferenceFusion(Float32Buffers):
     def fuse_scores(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
         """The image score, (B,): the map's score and half of the text score's logit in its unit."""
         return map_score + TEXT_WEIGHT * (_logit(text_score) - self.mean[2]) / self.std[2]
+
+
+def _near(length: int, like: torch.Tensor) -> torch.Tensor:
+    """(length, length), 1 where two places of a line are the same or neighbours."""
+    places = torch.arange(length, device=like.device)
+    return ((places[:, None] - places).abs() <= 1).to(like.dtype)
 
 
 def _unit(tokens: torch.Tensor) -> torch.Tensor:
