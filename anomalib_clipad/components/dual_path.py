@@ -3,7 +3,7 @@
 CLIP-AD (arXiv 2311.00453), section 3.2. Which original stream a tap sees follows the authors' release.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -124,15 +124,26 @@ class DualPathVisionTransformer(nn.Module):
         Raises:
             InputError: If the images are not a floating-point tensor of this shape.
         """
-        self._check_images(images)
-        visual, last = self.visual, self.layers[-1]
         taps = DualPathFeatures([], [])
-
-        def tap(surgery: torch.Tensor, original: torch.Tensor) -> None:
-            tokens = torch.cat([original[:, :1], surgery[:, 1:]], dim=1)
-            taps.surgery.append(visual.ln_post(tokens) @ visual.proj)
+        for surgery, original in self.walk(images, with_original):
+            taps.surgery.append(surgery)
             if with_original:
                 taps.original.append(original)
+        return taps
+
+    def walk(self, images: torch.Tensor, with_original: bool = True) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Compute the taps one by one, for a user who needs no more than one at a time; see :meth:`forward`.
+
+        Yields:
+            Tokens of the surgery path, (B, N + 1, D), and of the original one, (B, N + 1, W) or, at the last block
+            without ``with_original``, its class token alone.
+        """
+        self._check_images(images)
+        visual, last = self.visual, self.layers[-1]
+
+        def tap(surgery: torch.Tensor, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = torch.cat([original[:, :1], surgery[:, 1:]], dim=1)
+            return visual.ln_post(tokens) @ visual.proj, original
 
         h = self._embed(images)  # (B, N + 1, W)
         s = h.new_zeros(())  # every stage begins with a block of its own
@@ -143,15 +154,14 @@ class DualPathVisionTransformer(nn.Module):
             m = (h[:, :1] if class_only else h) + attended
             if index - 1 in self.layers:
                 # The release reads a tap's original stream after the next block's attention was added to it.
-                tap(s, m)
+                yield tap(s, m)
             if index > last:
-                return taps
+                return
             # A sum or a copy, never a view that would keep both paths' memory through the feed-forward.
             s = surgery.clone() if (index - 1) % self.stage_length == 0 else s + surgery
             del attended, surgery
             h = m + block.ls_2(block.mlp(block.ln_2(m)))
-        tap(s, h)  # the tower's last block has no next one
-        return taps
+        yield tap(s, h)  # the tower's last block has no next one
 
     def _check_images(self, images: torch.Tensor) -> None:
         wanted = f"images must be a floating-point tensor (B, {self.visual.conv1.in_channels}, H, W)"

@@ -151,14 +151,17 @@ class ReferenceBank(Float32Buffers):
         if not self.fitted:
             msg = "There are no references to compare with; call fit with tokens of normal images first."
             raise InputError(msg)
-        patches = [_unit(tokens) for tokens in original]
-        means = [neighbourhood_means(tokens, self.grid) for tokens in patches]
-        return self._distance([patches, means], self.bank)
+        return torch.stack([self.distance(tap, tokens) for tap, tokens in enumerate(original)]).mean(dim=0)
+
+    def distance(self, tap: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Distances at one tap, counted from 0: (B, N + 1, W) to (B, N); in float32, also under autocast."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            patches = _unit(tokens)
+            kinds = torch.stack([patches, neighbourhood_means(patches, self.grid)])
+            return self._distance(kinds[:, None], self.bank[:, tap : tap + 1])
 
     @staticmethod
-    def _distance(
-        patches: torch.Tensor | list[list[torch.Tensor]], bank: torch.Tensor, comparable: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _distance(patches: torch.Tensor, bank: torch.Tensor, comparable: torch.Tensor | None = None) -> torch.Tensor:
         """(2, taps, B, N, W) against (2, taps, M, W): (B, N); ``comparable`` tells which pairs (N or 1, M) count."""
         total = torch.zeros((), device=bank.device)
         for kind, ours in zip(patches, bank, strict=True):

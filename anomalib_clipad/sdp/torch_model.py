@@ -239,19 +239,41 @@ class ClipAdSdpModel(Float32Buffers):
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of images, see :meth:`forward`."""
-        with_original = self.needs_original or self.references.fitted
-        return self.scores_of(self.taps(images, with_original), class_index)
+        if not self.references.fitted or self.needs_original:
+            return self.scores_of(self.taps(images, self.needs_original), class_index)
+        # One tap of the original path after the other: all of them at once would be the peak of the memory.
+        surgery, distances = [], []
+        self._check_size(images)
+        with torch.no_grad():
+            for tap, (tokens, original) in enumerate(self.visual.walk(images)):
+                surgery.append(tokens)
+                distances.append(self.references.distance(tap, original))
+        return self.scores_of(DualPathFeatures([], surgery), class_index, torch.stack(distances).mean(dim=0))
 
     def taps(self, images: torch.Tensor, with_original: bool = True) -> DualPathFeatures:
         """The features of images of the model's size, without gradients."""
-        if images.shape[-2:] != self.image_size:
-            msg = f"The model takes images of {self.image_size} pixels, got {tuple(images.shape[-2:])}; resize them."
-            raise InputError(msg)
+        self._check_size(images)
         with torch.no_grad():
             return self.visual(images, with_original=with_original)
 
-    def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
-        """The map and the two scores of taps computed before; in float32, whatever the tower's precision."""
+    def _check_size(self, images: torch.Tensor) -> None:
+        if images.shape[-2:] != self.image_size:
+            msg = f"The model takes images of {self.image_size} pixels, got {tuple(images.shape[-2:])}; resize them."
+            raise InputError(msg)
+
+    def scores_of(
+        self,
+        features: DualPathFeatures,
+        class_index: torch.Tensor | None = None,
+        distances: torch.Tensor | None = None,
+    ) -> Scores:
+        """The map and the two scores of taps computed before; in float32, whatever the tower's precision.
+
+        Args:
+            features: Taps of both paths; of the surgery path alone where nothing else is needed.
+            class_index: See :meth:`forward`.
+            distances: (B, N) from the references, where they were measured before.
+        """
         text_features = self.select_text_features(class_index)
         if class_index is not None and len(class_index) != len(features.surgery[-1]):
             msg = (
@@ -262,7 +284,8 @@ class ClipAdSdpModel(Float32Buffers):
             text_map, text = self._text_scores(features, text_features)
             if not self.references.fitted:
                 return Scores(text_map, text, text_map.amax(dim=(-2, -1)))
-            return self._with_references(text_map, self._enlarge_smoothly(self.references(features.original)), text)
+            distances = self.references(features.original) if distances is None else distances
+            return self._with_references(text_map, self._enlarge_smoothly(distances), text)
 
     def _text_scores(
         self, features: DualPathFeatures, text_features: torch.Tensor
