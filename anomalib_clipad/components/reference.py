@@ -20,6 +20,7 @@ from anomalib_clipad.errors import InputError
 logger = logging.getLogger(__name__)
 
 MOST_PATCHES = 10_000  # of a bank, a tap; 44 images at 240 pixels
+CHUNK = 1024  # patches of a bank compared at once, which bounds the memory
 LIMIT = 20.0  # units, which no map exceeds, however regular the normal images are
 LARGEST_SHARE = 0.1  # of a map's pixels, whose mean is the map's score
 TEXT_WEIGHT = 0.5  # of the text score beside the map's, both in units of the normal images
@@ -166,10 +167,13 @@ class ReferenceBank(Float32Buffers):
         total = torch.zeros((), device=bank.device)
         for kind, ours in zip(patches, bank, strict=True):
             for tokens, references in zip(kind, ours, strict=True):
-                cosines = tokens @ references.T  # (B, N, M)
-                if comparable is not None:
-                    cosines = cosines.masked_fill(~comparable, -1.0)
-                total = total + (1 - cosines.amax(dim=-1))
+                largest = tokens.new_full(tokens.shape[:-1], -1.0)
+                for start in range(0, len(references), CHUNK):
+                    cosines = tokens @ references[start : start + CHUNK].T  # (B, N, CHUNK)
+                    if comparable is not None:
+                        cosines = cosines.masked_fill(~comparable[:, start : start + CHUNK], -1.0)
+                    largest = torch.maximum(largest, cosines.amax(dim=-1))
+                total = total + (1 - largest)
         return 0.5 * total / (bank.shape[0] * bank.shape[1])
 
     def _near(self) -> torch.Tensor:
