@@ -103,6 +103,7 @@ class CompareEvaluator(Evaluator):
         maps = maps.reshape(len(maps), 1, *maps.shape[-2:])
         scores = maps.amax(dim=(-3, -2, -1)) if batch.pred_score is None else torch.as_tensor(batch.pred_score)
         scores = scores.detach().float().cpu().reshape(-1)
+        _check_numbers(paths, scores, maps)
         maps = F.interpolate(maps, self.map_size, mode="bilinear", align_corners=False)[:, 0]
         labels = None if batch.gt_label is None else torch.as_tensor(batch.gt_label).cpu()
         masks = None if batch.gt_mask is None else self._masks(paths, torch.as_tensor(batch.gt_mask).cpu())
@@ -154,6 +155,15 @@ class CompareEvaluator(Evaluator):
             whole = torch.as_tensor(read_mask(path, as_tensor=True)) if path and Path(path).is_file() else mask
             masks.append(F.interpolate(whole[None, None].float(), self.map_size, mode="nearest")[0, 0])
         return torch.stack(masks).bool()
+
+
+def _check_numbers(paths: Sequence[str], scores: torch.Tensor, maps: torch.Tensor) -> None:
+    """Refuse NaN: a metric sorts it somewhere, and its figure then means nothing."""
+    invalid = (scores.isnan() | maps.isnan().flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    if invalid:
+        name = Path(paths[invalid[0]]).name if paths else "an image"
+        msg = f"The model's score or map of {name} is not a number (NaN), so nothing can be measured."
+        raise InputError(msg)
 
 
 def now() -> float:

@@ -34,10 +34,10 @@ def draw_means(path: Path, means: pd.DataFrame) -> None:
     """
     figure = _figure(width=2 + 1.4 * len(means.columns), height=4.2)
     axes = figure.subplots()
-    positions, width = np.arange(len(means.columns)), 0.8 / len(means)
+    positions, width, colours = np.arange(len(means.columns)), 0.8 / len(means), _colours(len(means))
     for number, (model, row) in enumerate(means.iterrows()):
         offset = (number - (len(means) - 1) / 2) * width
-        bars = axes.bar(positions + offset, 100 * row, width, color=COLOURS[number % len(COLOURS)])
+        bars = axes.bar(positions + offset, 100 * row, width, color=colours[number])
         bars.set_label(shortened(str(model)))
         axes.bar_label(bars, fmt="%.0f", fontsize=7 if len(means) > 3 else 8, padding=1)
     axes.set_xticks(positions, [METRICS[name] for name in means.columns])
@@ -103,8 +103,7 @@ def draw_speed(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
     name = next(metric for metric in ("pixel_AP", "pixel_AUPRO", "image_AUROC", *metrics) if metric in metrics)
     axes = figure.subplots()
     points = done.groupby("model", sort=False)[[name, "images_per_second"]].mean()
-    for number, (model, row) in enumerate(points.iterrows()):
-        colour = COLOURS[number % len(COLOURS)]
+    for colour, (model, row) in zip(_colours(len(points)), points.iterrows(), strict=True):
         axes.scatter(
             row["images_per_second"],
             100 * row[name],
@@ -150,12 +149,12 @@ def draw_shots(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
     figure = _figure(width=0.8 + 3.1 * len(wanted), height=3.9)
     axes = figure.subplots(1, len(wanted), squeeze=False)[0]
     for axis, name in zip(axes, wanted, strict=True):
-        for number, (family, part) in enumerate(tried.groupby("family", sort=False)):
-            seeds = 100 * part.groupby(["shots", "seed"])[name].mean().unstack("seed")  # a row a number of images
-            places = [counts.index(count) for count in seeds.index]
-            colour = COLOURS[number % len(COLOURS)]
-            axis.plot(places, seeds.mean(axis=1), "o-", color=colour, label=shortened(str(family)), markersize=4)
-            axis.fill_between(places, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+        groups = tried.groupby("family", sort=False)
+        for colour, (family, part) in zip(_colours(len(groups)), groups, strict=True):
+            middle, low, high = _over_seeds(100 * part.groupby(["shots", "category", "seed"])[name].mean())
+            places = [counts.index(count) for count in middle.index]
+            axis.plot(places, middle, "o-", color=colour, label=shortened(str(family)), markersize=4)
+            axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xticks(range(len(counts)), [f"{count:.0f}" for count in counts])
         axis.set_xlabel("normal images")
         axis.set_title(f"{METRICS[name]}, %", fontsize=11)
@@ -164,6 +163,17 @@ def draw_shots(path: Path, done: pd.DataFrame, metrics: list[str]) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     _plain(figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False))
     _save(figure, path)
+
+
+def _over_seeds(values: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:
+    """Means over the categories by number of images, and the lowest and highest of a seed.
+
+    A seed counts by how far it is from the mean of its categories: one whose job failed then moves nothing.
+    """
+    of_category = values.groupby(["shots", "category"])
+    middle = of_category.mean().groupby("shots").mean()
+    away = (values - of_category.transform("mean")).groupby(["shots", "seed"]).mean().groupby("shots")
+    return middle, middle + away.min(), middle + away.max()
 
 
 def draw_examples(output: Path, category: str, part: pd.DataFrame) -> None:
@@ -227,6 +237,13 @@ def _image(path: str) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
         return Image.new("RGB", (256, 256), "grey")
+
+
+def _colours(count: int) -> list[str]:
+    """A colour a model, no two the same."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    return [mpl.colors.to_hex(colour) for colour in mpl.colormaps["turbo"](np.linspace(0.05, 0.95, count))]
 
 
 def _labels(names: pd.Index) -> list[str]:

@@ -26,6 +26,7 @@ from anomalib_clipad.compare.report import mean_table, skipped_images, write_rep
 from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
 from anomalib_clipad.compare.screen import interruptible, logging_to, say
 from anomalib_clipad.compare.settings import short_class
+from anomalib_clipad.compare.shots import check_shots
 from anomalib_clipad.components.backbone import find_cached
 from anomalib_clipad.errors import InputError
 
@@ -126,7 +127,7 @@ def preflight(jobs: Sequence[CompareJob]) -> list[str]:
         Sentences on what is done already and what will be downloaded.
 
     Raises:
-        InputError: If data are missing, or a model cannot work with the installed packages.
+        InputError: If data are missing or too few, or a model cannot work with the installed packages.
     """
     waiting = [job for job in jobs if job.result() is None]
     lines = [f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done."]
@@ -134,6 +135,9 @@ def preflight(jobs: Sequence[CompareJob]) -> list[str]:
     if missing:
         msg = f"These data are missing: {', '.join(missing)}; put them there, or set root to where they are."
         raise InputError(msg)
+    most = {job.category: job for job in sorted(waiting, key=lambda job: job.shots or 0) if job.shots}
+    for category, job in most.items():
+        check_shots(job.shots or 0, job.data_config or {}, category)
     for name in sorted({short_class(job.model_config["class_path"]) for job in waiting} & set(REQUIRED)):
         holds, sentence = REQUIRED[name]
         if not holds():

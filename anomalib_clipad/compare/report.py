@@ -94,7 +94,9 @@ def _first_seed(done: pd.DataFrame) -> pd.DataFrame:
 
 
 def _means(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    return done.groupby("model", sort=False)[metrics].mean()
+    """Means over the categories of the means over the seeds, so that a failed job does not shift the weights."""
+    of_category = done.groupby(["model", "category"], sort=False)[metrics].mean()
+    return of_category.groupby("model", sort=False).mean()
 
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:
@@ -138,6 +140,8 @@ def _markdown(output: Path, table: pd.DataFrame, done: pd.DataFrame, metrics: li
         ]
         if _over_shots(done):
             lines += ["![Over the number of normal images](shots.png)", ""]
+            if done["seed"].nunique() > 1:
+                lines += ["Bands: from the lowest to the highest mean of a seed.", ""]
         if "seed" in done and done["seed"].nunique() > 1:
             lines += [f"Means over {done['seed'].nunique()} seeds, where normal images are drawn.", ""]
         lines += ["Peak MiB: memory that a job added to what its process held before it.", ""]
