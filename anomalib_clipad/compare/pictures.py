@@ -39,7 +39,8 @@ def draw_means(path: Path, means: pd.DataFrame) -> None:
         offset = (number - (len(means) - 1) / 2) * width
         bars = axes.bar(positions + offset, 100 * row, width, color=colours[number])
         bars.set_label(shortened(str(model)))
-        axes.bar_label(bars, fmt="%.0f", fontsize=7 if len(means) > 3 else 8, padding=1)
+        if len(means) <= len(COLOURS):  # the numbers of more would overlap; the table has them
+            axes.bar_label(bars, fmt="%.0f", fontsize=7 if len(means) > 3 else 8, padding=1)
     axes.set_xticks(positions, [METRICS[name] for name in means.columns])
     axes.set_ylabel("mean over categories, %")
     axes.set_ylim(0, 108)
