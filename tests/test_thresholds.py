@@ -28,7 +28,7 @@ def test_thresholds_come_from_references_alone_where_there_is_nothing_else(
     with caplog.at_level(logging.INFO, "anomalib_clipad"):
         found = predict(model, tmp_path, data_path=parts / "test")
     assert (
-        "set from 12 normal images, all of them references. False-alarm rate: 7.7% expected, at most 22.1%"
+        "set from 12 normal images (all of them references). False-alarm rate: 7.7% expected, at most 22.1%"
         in caplog.text
     )
     scores = model.post_processor.good_scores
@@ -112,6 +112,32 @@ def test_label_and_mask_follow_what_is_shown(
     if threshold.isfinite():
         shown = model.post_processor._shown("image", threshold, threshold)
         assert shown.item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_normal_images_of_another_category_set_no_threshold(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    """One category, another, the first again, on one model: as each alone."""
+    gear = write_category(tmp_path / "gear", normal=4, broken=3)
+    write_good(gear / "train/more", 7, seed=11)
+
+    class WithoutTraining(Folder):
+        def _setup(self, stage: str | None = None) -> None:
+            super()._setup(stage)
+            self.train_data.samples = self.train_data.samples[:0]
+
+    def other(kind: type[Folder]) -> Folder:
+        layout = {**LAYOUT, "normal_dir": "train/more"}
+        return kind("gear", root=gear, num_workers=0, val_split_mode="same_as_test", **layout)
+
+    model = ClipAdSdp(backbone=small_clip, false_alarm_rate=0.2, **BARE)
+    found = []
+    for number, data in enumerate((folder(parts), other(Folder), folder(parts), other(WithoutTraining))):
+        new_engine(tmp_path / str(number)).validate(model, datamodule=data, verbose=False)
+        found.append(model.post_processor.good_scores.clone())
+    assert [len(scores) for scores in found[:3]] == [12, 7, 12]
+    torch.testing.assert_close(found[2], found[0])
+    alone = ClipAdSdp(backbone=small_clip, false_alarm_rate=0.2, **BARE)
+    new_engine(tmp_path / "alone").validate(alone, datamodule=other(Folder), verbose=False)
+    torch.testing.assert_close(found[3], alone.post_processor.good_scores)
 
 
 @pytest.mark.parametrize("rate", [None, 0.2])

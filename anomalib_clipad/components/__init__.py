@@ -5,9 +5,16 @@ from anomalib_clipad.components.conformal import ConformalThreshold, conformal_t
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.prompts import PromptEnsemble
-from anomalib_clipad.components.reference import ReferenceBank, ReferenceFusion
+from anomalib_clipad.components.reference import ReferenceBank
 from anomalib_clipad.components.representative_vector import select_representative_vector
-from anomalib_clipad.components.scores import MapScale, Prediction, ScoreFusion, Scores, text_score
+from anomalib_clipad.components.scores import (
+    MapScale,
+    Prediction,
+    ReferenceFusion,
+    ScoreFusion,
+    Scores,
+    text_score,
+)
 from anomalib_clipad.components.smoothing import GaussianSmoothing
 from anomalib_clipad.components.surgery import feature_surgery
 from anomalib_clipad.components.text_encoder import TextEncoder

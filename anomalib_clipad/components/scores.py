@@ -1,6 +1,7 @@
 """From tokens and maps to the two scores of an image, and from these to one."""
 
-from typing import NamedTuple
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -9,6 +10,12 @@ from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.surgery import margin
 
 LOGIT_SCALE = 100.0  # CLIP's own temperature
+
+# Of images with references, see ReferenceFusion.
+LIMIT = 20.0  # units, which no map exceeds, however regular the normal images are
+LARGEST_SHARE = 0.1  # of a map's pixels, whose mean is the map's score
+TEXT_WEIGHT = 0.5  # of the text score beside the map's, both in units of the normal images
+LOGIT_BOUND = 1e-6  # text scores nearer to 0 or 1 count as this
 
 
 class Scores(NamedTuple):
@@ -145,3 +152,84 @@ class ScoreFusion(Float32Buffers):
         """Forget the ranges."""
         self.score_min.fill_(float("nan"))
         self.score_max.fill_(float("nan"))
+
+
+class ReferenceFusion(Float32Buffers):
+    """One map from two and one score from two, each in units of what it does on the normal images.
+
+    A value's unit is its standard deviation over the references, counted from its mean there. So a map that fires on
+    normal images too has less to say. No statistics of test images are used. Units and image score are ours; figures are
+    in ``benchmarks/references.md``.
+
+    Example:
+        >>> fusion = ReferenceFusion()
+        >>> fusion.fit(torch.rand(4, 8, 8), torch.rand(4, 8, 8), torch.rand(4))
+        >>> anomaly_map = fusion.fuse_maps(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
+        >>> fusion.fuse_scores(torch.rand(2), fusion.map_score(anomaly_map)).shape
+        torch.Size([2])
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of the text map, the reference map, and the text score's logit.
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+
+    def fit(self, text_maps: torch.Tensor, reference_maps: torch.Tensor, text_scores: torch.Tensor) -> None:
+        """Measure the units.
+
+        The logits are few, so one more, a logit away from their mean, is added to their variance.
+
+        Args:
+            text_maps: (k, H, W), of the references.
+            reference_maps: (k, H, W), of each compared with the others.
+            text_scores: (k,) in [0, 1].
+        """
+        logits = _logit(text_scores)
+        values = [maps.double() for maps in (text_maps, reference_maps)]
+        mean = torch.stack([*(maps.mean() for maps in values), logits.double().mean()])
+        variance = torch.stack([*(maps.var(correction=0) for maps in values), logits.double().var(correction=0)])
+        variance[2] += (1 - variance[2]) / (len(logits) + 1)
+        self.mean.copy_(mean)
+        # A map that is flat on the references has no unit; rounding is not to become one.
+        self.std.copy_(variance.sqrt().clamp(min=1e-6))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - torch's
+        **kwargs: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        self.reset()  # which stays where a version without references has written the state dict
+        for name in ("mean", "std"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Have no units."""
+        self.mean.zero_()
+        self.std.fill_(1)
+
+    def fuse_maps(self, text_map: torch.Tensor, reference_map: torch.Tensor) -> torch.Tensor:
+        """Sum of two maps (B, H, W) in their units u, each as u / (1 + abs(u) / 20): neither outvotes the other."""
+        units = (torch.stack([text_map, reference_map], dim=-1) - self.mean[:2]) / self.std[:2]
+        return (units / (1 + units.abs() / LIMIT)).sum(dim=-1)
+
+    @staticmethod
+    def map_score(anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Mean of the largest tenth of a map: (B, H, W) to (B,)."""
+        pixels = anomaly_map.flatten(1)
+        return pixels.topk(max(1, round(LARGEST_SHARE * pixels.shape[1])), dim=1).values.mean(dim=1)
+
+    def fuse_scores(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+        """The image score, (B,): the map's score and half of the text score's logit in its unit."""
+        return map_score + TEXT_WEIGHT * (_logit(text_score) - self.mean[2]) / self.std[2]
+
+
+def _logit(score: torch.Tensor) -> torch.Tensor:
+    bounded = score.clamp(LOGIT_BOUND, 1 - LOGIT_BOUND)
+    return (bounded / (1 - bounded)).log()

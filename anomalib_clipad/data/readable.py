@@ -164,6 +164,8 @@ class ReadableDataset(Dataset):
 
     def image_paths(self) -> list[str]:
         """Files of all images, in order, also of those that cannot be read; none where the data set does not say."""
+        if hasattr(self.dataset, "samples"):  # at once, since a data set has many
+            return [str(path) for path in self.dataset.samples.image_path]
         return [str(files[0]) for files in map(self._files, range(len(self))) if files]
 
     def _name(self, index: int) -> str:

@@ -34,8 +34,9 @@ MOVED = {"model.score_min": "model.fusion.score_min", "model.score_max": "model.
 # Unknown until there are labelled validation data, and NaN until then.
 MAY_BE_NAN = ("model.fusion.", "post_processor.")
 # Of any number, and of values that earlier versions did not have.
-GROWING = ("model.text_features", "model.references.patches", "model.references.means", "post_processor.good_scores")
-SINCE_REFERENCES = ("model.references.", "model.reference_fusion.", "post_processor.good_scores")
+SCORES_OF_NORMAL = ("post_processor.good_scores", "post_processor.normal")
+GROWING = ("model.text_features", "model.references.patches", "model.references.means", *SCORES_OF_NORMAL)
+SINCE_REFERENCES = ("model.references.", "model.reference_fusion.", *SCORES_OF_NORMAL)
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
 
 

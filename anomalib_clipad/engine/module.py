@@ -43,6 +43,7 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
     class_name: str | None
+    table: PredictionTable | None  # None for no table
     # Score ranges, references and thresholds of classes that were set before, for when they are set again.
     _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]]]]
 
@@ -98,6 +99,7 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     ) -> None:
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
+        self.table = PredictionTable()
         self.class_name = class_name
         self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
         self._blank = [_copy(module.state_dict()) for module in self._calibrated()]
@@ -109,7 +111,8 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """The model's components, and what leaves the trainer as it was."""
         drop_components_of_other_models(self.trainer)
-        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks()), PredictionTable()]
+        table = [] if self.table is None else [self.table]
+        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks()), *table]
 
     def on_validation_start(self) -> None:
         """See :meth:`prepare_classes`."""

@@ -11,6 +11,7 @@ from anomalib.data.utils import ValSplitMode
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn import functional as F
 from torchmetrics.aggregation import CatMetric
 
 from anomalib_clipad.components.conformal import conformal_threshold, p_values
@@ -56,9 +57,10 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         (tensor([0.5000]), tensor([True]))
     """
 
-    growing = ("good_scores",)
+    growing = ("good_scores", "normal")
 
     good_scores: torch.Tensor
+    normal: torch.Tensor
 
     def __init__(
         self,
@@ -79,8 +81,9 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         self.map_scale = map_scale
         self.false_alarm_rate = false_alarm_rate
         self.register_buffer("good_scores", torch.empty(0))  # image scores of normal images, ascending
-        self._normal = torch.empty(0, 4)  # of normal images from outside of the validation data, see _summary
-        self._references = 0
+        # Normal images from outside of the validation data: _summary, and 1 for a reference. A buffer, since it belongs
+        # to the class at hand as the thresholds do.
+        self.register_buffer("normal", torch.empty(0, 5))
         self._validated, self._labels = CatMetric(), CatMetric()
         self._given: list[torch.Tensor] = []  # labels of this run
 
@@ -93,9 +96,10 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
                 that one reference fewer changes little; it rather raises the threshold.
             references: How many of them are references.
         """
-        self._normal = torch.cat([_summary(scores).cpu() for scores in scored])
-        self._references = references
-        self._set_conformal(network, self._normal)
+        summary = torch.cat([_summary(scores) for scores in scored])
+        is_reference = torch.arange(len(summary), device=summary.device) < references
+        self.normal = torch.cat([summary, is_reference[:, None]], dim=1).to(self.normal)
+        self._set_conformal(network, self.normal)
 
     def on_validation_batch_end(  # type: ignore[override]  # anomalib hands on batches, not what Lightning names
         self,
@@ -130,9 +134,10 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             super().on_validation_epoch_end(trainer, pl_module)
             self._between_scores(scores, labels)
             warn_of_degenerate(scores, labels, float(self._image_threshold))
-        normal = self._normal.to(summary)
+        normal = self.normal.to(summary)
         if self.false_alarm_rate is not None or not labels.any():
-            normal = torch.cat([normal, summary[labels == 0]]) if self._may_use_validation(trainer) else normal
+            if self._may_use_validation(trainer):
+                normal = torch.cat([normal, F.pad(summary[labels == 0], (0, 1))])
             self._set_conformal(network, normal)
         elif len(normal):
             self.good_scores = network.fuse(*normal[:, :2].T).sort().values
@@ -149,7 +154,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
     def _may_use_validation(self, trainer: Trainer) -> bool:
         """Whether validation images count as normal ones: not where they are the test images, and there are others."""
         data = datamodule_of(trainer)
-        return not len(self._normal) or data is None or data.val_split_mode != ValSplitMode.SAME_AS_TEST
+        return not len(self.normal) or data is None or data.val_split_mode != ValSplitMode.SAME_AS_TEST
 
     def _set_conformal(self, network: ZeroShotNetwork, normal: torch.Tensor) -> None:
         if not len(normal):
@@ -167,7 +172,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         self._set("image", image.value, reach)
         # Most pixels of a normal image are shown as 0.
         self._set("pixel", pixel.value, max(pixel.value - float(normal[:, 3].mean()), torch.finfo().tiny))
-        announce(image, self.false_alarm_rate, self._references)
+        announce(image, self.false_alarm_rate, int(normal[:, 4].sum()))
 
     def _set(self, level: str, threshold: float, reach: float) -> None:
         """Set a threshold, and the range in which scores are told apart: as far below it as above."""
@@ -186,15 +191,17 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         if processed.pred_label is not None:
             self._given.append(processed.pred_label)
 
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the labels of a run that failed."""
+        del trainer, pl_module
+        self._given = []
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See :func:`warn_of_one_label`."""
         del trainer, pl_module
         warn_of_one_label(self._given)
-        self._given = []
 
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See :func:`warn_of_one_label`."""
-        self.on_test_epoch_end(trainer, pl_module)
+    on_predict_epoch_start, on_predict_epoch_end = on_test_epoch_start, on_test_epoch_end
 
     def forward(self, predictions: Prediction) -> InferenceBatch:  # type: ignore[override]  # it needs our fields
         """Normalise and threshold what the network returned.
@@ -233,7 +240,8 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         *args: Any,  # noqa: ANN401 - torch's
         **kwargs: Any,  # noqa: ANN401 - torch's
     ) -> None:
-        state_dict.setdefault(f"{prefix}good_scores", self.good_scores[:0])  # written by a version without them
+        for name in self.growing:  # a version without them has written the state dict
+            state_dict.setdefault(prefix + name, getattr(self, name)[:0])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -27,9 +27,9 @@ def announce(threshold: ConformalThreshold, rate: float | None, references: int)
     count = threshold.images
     which = f"{count} normal image{'s' if count > 1 else ''}"
     if references == count:
-        which += ", all of them references" if count > 1 else ", the reference"
+        which += " (all of them references)" if count > 1 else " (the reference)"
     elif references:
-        which += f", {references} of them references"
+        which += f" ({references} of them references)"
     worth = f"{threshold.expected_rate:.1%} expected, at most {threshold.upper_rate:.1%} with 95 % confidence"
     if rate is not None and threshold.expected_rate > rate + 1e-9:
         words = "A false-alarm rate of %s needs %d normal images. The largest score of %s is the threshold: %s."
