@@ -158,7 +158,7 @@ class ReferenceFusion(Float32Buffers):
     """One map from two and one score from two, each in units of what it does on the normal images.
 
     A value's unit is its standard deviation over the references, counted from its mean there. So a map that fires on
-    normal images too has less to say. No statistics of test images are used. Units and image score are ours; figures are
+    normal images too has less to say. No test statistics are used. Units and image score are ours; figures are
     in ``benchmarks/references.md``.
 
     Example:
