@@ -1,0 +1,1 @@
+"""Pictures of anomaly maps on one fixed scale."""

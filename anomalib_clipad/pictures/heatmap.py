@@ -1,0 +1,143 @@
+"""Heatmaps on one fixed scale, the same colour for the same value in every picture: 0.5 is the threshold.
+
+The colours are matplotlib's inferno, which is perceptually uniform and keeps its order for colour-blind readers and in
+grey. Their opacity grows with the value, so that a normal image looks as it is.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+THRESHOLD = 0.5
+COLOURS = "inferno"
+LEVELS = 256
+STEEPNESS, OPAQUEST = 1.5, 0.85  # opacity = OPAQUEST * value ** STEEPNESS
+LINE = 2  # pixels of each of the two lines of an outline
+NOT_FINITE = (128, 128, 128, 200)  # red, green, blue, opacity
+PREDICTED = (255, 255, 255)
+GROUND_TRUTH = (0, 220, 255)
+
+
+@cache
+def colours() -> np.ndarray:
+    """Red, green, blue and opacity of every level.
+
+    Returns:
+        (256, 4) uint8. The last row is for values that are not finite.
+
+    Example:
+        >>> table = colours()
+        >>> table.shape, int(table[0, 3]), int(table[127, 3]) < 80, int(table[254, 3]) > 200
+        ((256, 4), 0, True, True)
+    """
+    values = np.linspace(0, 1, LEVELS - 1)
+    table = np.empty((LEVELS, 4))
+    table[:-1] = mpl.colormaps[COLOURS](values)
+    table[:-1, 3] = OPAQUEST * values**STEEPNESS
+    table[-1] = np.divide(NOT_FINITE, 255)
+    return (255 * table).round().astype(np.uint8)
+
+
+def heat_layer(anomaly_map: np.ndarray) -> Image.Image:
+    """A map as a picture with opacity, to be laid over its image.
+
+    Args:
+        anomaly_map: (H, W) in [0, 1], 0.5 at the threshold; other values are clamped, and not finite ones grey.
+
+    Returns:
+        A picture with a palette (mode ``P``) of the map's size. Saved as PNG it has some ten kilobytes and its opacity.
+
+    Example:
+        >>> layer = heat_layer(np.array([[0.0, 1.0]])).convert("RGBA")
+        >>> layer.size, layer.getpixel((0, 0))[3], layer.getpixel((1, 0))[3] > 200
+        ((2, 1), 0, True)
+    """
+    values = np.asarray(anomaly_map, dtype=np.float32)
+    finite = np.isfinite(values)
+    levels = (np.where(finite, values, 0).clip(0, 1) * (LEVELS - 2)).round()
+    layer = Image.fromarray(np.where(finite, levels, LEVELS - 1).astype(np.uint8))
+    layer.putpalette(colours()[:, :3].tobytes())  # which turns a grey picture into one of mode P
+    layer.info["transparency"] = colours()[:, 3].tobytes()
+    return layer
+
+
+def overlay(image: Image.Image, anomaly_map: np.ndarray) -> Image.Image:
+    """An image with its heatmap over it, in the image's own size.
+
+    Args:
+        image: Of any mode.
+        anomaly_map: As :func:`heat_layer` takes it; it is brought to the image's size.
+
+    Returns:
+        A picture of mode ``RGB``.
+
+    Example:
+        >>> calm = overlay(Image.new("RGB", (8, 4), "white"), np.zeros((2, 2)))
+        >>> calm.size, calm.getpixel((0, 0))
+        ((8, 4), (255, 255, 255))
+    """
+    values = Image.fromarray(np.asarray(anomaly_map, dtype=np.float32))
+    sized = np.asarray(values.resize(image.size, Image.Resampling.BILINEAR))
+    return Image.alpha_composite(image.convert("RGBA"), heat_layer(sized).convert("RGBA")).convert("RGB")
+
+
+def outline(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int] = PREDICTED) -> Image.Image:
+    """An image with the edges of a mask: a line in ``colour`` within, a black one around it.
+
+    Args:
+        image: Of any mode.
+        mask: (H, W), true where marked; it is brought to the image's size.
+        colour: Red, green and blue of the inner line.
+
+    Returns:
+        A picture of mode ``RGB``.
+
+    Example:
+        >>> drawn = outline(Image.new("RGB", (20, 20), "grey"), np.eye(2))
+        >>> drawn.getpixel((0, 0)), drawn.getpixel((5, 5)), drawn.getpixel((10, 5))
+        ((128, 128, 128), (128, 128, 128), (0, 0, 0))
+    """
+    marked = Image.fromarray(np.asarray(mask).astype(bool).astype(np.uint8))
+    sized = np.asarray(marked.resize(image.size, Image.Resampling.NEAREST)).astype(bool)
+    cross = ndimage.generate_binary_structure(2, 2)
+    inner = sized & ~ndimage.binary_erosion(sized, cross, LINE, border_value=1)
+    outer = ndimage.binary_dilation(sized, cross, LINE) & ~sized
+    pixels = np.array(image.convert("RGB"))
+    pixels[inner], pixels[outer] = colour, (0, 0, 0)
+    return Image.fromarray(pixels)
+
+
+def legend(width: int = 240) -> Image.Image:
+    """The colours over grey, with the ends of the scale and the threshold.
+
+    Args:
+        width: In pixels, at least 160.
+
+    Example:
+        >>> legend(200).size
+        (200, 30)
+    """
+    bar, text = 12, font(11)
+    picture = Image.new("RGB", (width, 30), "white")
+    layer = heat_layer(np.tile(np.linspace(0, 1, width), (bar, 1))).convert("RGBA")
+    picture.paste(Image.alpha_composite(Image.new("RGBA", layer.size, (190, 190, 190, 255)), layer).convert("RGB"))
+    draw = ImageDraw.Draw(picture)
+    draw.line([(width // 2, 0), (width // 2, bar + 2)], "black")
+    for x, anchor, words in ((0, "lt", "0"), (width // 2, "mt", "0.5 = threshold"), (width - 1, "rt", "1")):
+        draw.text((x, bar + 4), words, "black", text, anchor=anchor)
+    return picture
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of all pictures: matplotlib's own DejaVu Sans, which is on every machine and has most scripts' letters.
+
+    Example:
+        >>> font(12).getname()[0]
+        'DejaVu Sans'
+    """
+    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
