@@ -18,16 +18,18 @@ from anomalib_clipad.components import (
     DualPathVisionTransformer,
     Float32Buffers,
     GaussianSmoothing,
+    OpenedBackbone,
     PromptEnsemble,
     ReferenceBank,
     ReferenceFusion,
     TextEncoder,
     feature_surgery,
-    load_backbone,
+    open_backbone,
 )
 from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
+from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.errors import InputError
 
@@ -89,16 +91,19 @@ class ClipAdSdpModel(Float32Buffers):
         self.rvs = rvs_options(rvs)
         self.prompts = PromptEnsemble.from_config(prompts)
         if clip is None:
-            loaded = load_backbone(backbone, pretrained)
+            opened = open_backbone(backbone, pretrained)
         else:
-            loaded = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
+            ready = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
+            opened = OpenedBackbone(ready, None, lambda: None)
+        loaded = opened.loaded
         self.mean, self.std = loaded.mean, loaded.std
         self.visual = (
             DualPathVisionTransformer(cast("nn.Module", loaded.clip.visual), layers)
             .eval()
             .requires_grad_(requires_grad=False)
         )
-        self.text_encoder = TextEncoder(loaded.clip, loaded.tokenizer)
+        cache = None if opened.weights is None else TextVectorCache(opened.weights)
+        self.text_encoder = TextEncoder(loaded.clip, loaded.tokenizer, fill_text=opened.fill_text, cache=cache)
         self.image_size = _pair(image_size) if image_size else self.visual.image_size
         self.grid = self.visual.grid(self.image_size)
         self.sigma = PAPER_SIGMA * self.image_size[0] / PAPER_SIZE if sigma is None else sigma
