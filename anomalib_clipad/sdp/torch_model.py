@@ -18,16 +18,18 @@ from anomalib_clipad.components import (
     DualPathFeatures,
     DualPathVisionTransformer,
     GaussianSmoothing,
+    OpenedBackbone,
     PromptEnsemble,
     ReferenceBank,
     ReferenceFusion,
     TextEncoder,
     feature_surgery,
-    load_backbone,
+    open_backbone,
 )
 from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
+from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.errors import InputError
 
@@ -83,11 +85,15 @@ class ClipAdSdpModel(ClassTextFeatures):
     ) -> None:
         options, ensemble = rvs_options(rvs), PromptEnsemble.from_config(prompts)
         if clip is None:
-            loaded = load_backbone(backbone, pretrained)
+            opened = open_backbone(backbone, pretrained)
         else:
-            loaded = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
+            ready = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
+            opened = OpenedBackbone(ready, None, lambda: None)
+        loaded = opened.loaded
         visual = DualPathVisionTransformer(cast("nn.Module", loaded.clip.visual), layers)
-        super().__init__(TextEncoder(loaded.clip, loaded.tokenizer), visual.embed_dim, ensemble, options)
+        cache = None if opened.weights is None else TextVectorCache(opened.weights)
+        encoder = TextEncoder(loaded.clip, loaded.tokenizer, fill_text=opened.fill_text, cache=cache)
+        super().__init__(encoder, visual.embed_dim, ensemble, options)
         self.mean, self.std = loaded.mean, loaded.std
         self.visual = visual.eval().requires_grad_(requires_grad=False)
         self.image_size = _pair(image_size) if image_size else self.visual.image_size
