@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ def logging_to(path: Path) -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Make SIGINT and SIGTERM end the run with a line on the screen and status 128 + signal, as shells expect.
 
-    Lightning would end the process with status 0 or 1.
+    Lightning would end the process with status 0 or 1. Python ignores an exception that is raised while an object is
+    finalised, as during the garbage collection before every job; the signal is then sent once more.
 
     Example:
         >>> with interruptible():
@@ -85,7 +87,14 @@ def interruptible() -> Iterator[None]:
             process.terminate()
         raise SystemExit(128 + number)
 
+    def send_again(ignored: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(ignored.exc_value, SystemExit) or not received:
+            hook(ignored)
+            return
+        threading.Timer(0.01, signal.raise_signal, [received[0]]).start()
+
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
         yield
     except BaseException:
@@ -94,5 +103,6 @@ def interruptible() -> Iterator[None]:
         say(INTERRUPTED)
         raise SystemExit(128 + received[0]) from None
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
