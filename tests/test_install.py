@@ -57,13 +57,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture
-def python(environment: Path, wheel: Path) -> Path:
+def install(environment: Path, wheel: Path) -> Path:
     """Python of the environment, with the wheel freshly installed."""
     executable = environment / "bin/python"
     done = run(executable, "-m", "pip", "install", "--no-deps", "--force-reinstall", "-q", wheel)
     assert done.returncode == 0, done.stderr[-3000:]
     return executable
+
+
+@pytest.fixture(scope="module")
+def python(environment: Path, wheel: Path) -> Path:
+    """Python of the environment with the wheel, which every test leaves installed and whole."""
+    return install(environment, wheel)
 
 
 def test_the_wheel_is_found_by_its_short_name(python: Path, environment: Path, small_clip: str) -> None:
@@ -84,14 +89,19 @@ def test_nothing_is_imported_at_the_start_of_python(python: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("victim", ["__init__.py", "plugin.py", "sdp/torch_model.py"])
+@pytest.mark.parametrize("victim", ["plugin.py", "sdp/torch_model.py"])
 def test_a_broken_plugin_is_one_warning_and_every_other_model_runs(
     python: Path, environment: Path, victim: str
 ) -> None:
-    (packages(environment) / "anomalib_clipad" / victim).write_text("this is not Python\n")
-    done = run(python, "-c", "print('started')")
-    assert (done.stdout.strip(), done.stderr) == ("started", "")
-    done = run(python, "-W", "ignore::FutureWarning", "-c", "import anomalib.cli.cli; " + WITHOUT)
+    path = packages(environment) / "anomalib_clipad" / victim
+    content = path.read_text()
+    path.write_text("this is not Python\n")
+    try:
+        started = run(python, "-c", "print('started')")
+        done = run(python, "-W", "ignore::FutureWarning", "-c", "import anomalib.cli.cli; " + WITHOUT)
+    finally:
+        path.write_text(content)
+    assert (started.stdout.strip(), started.stderr) == ("started", "")
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 30
     assert done.stderr.count("anomalib-clipad could not be loaded") == 1
@@ -108,19 +118,21 @@ def test_python_starts_without_anomalib(python: Path, environment: Path) -> None
     assert (done.stdout.strip(), done.stderr) == ("started", "")
 
 
-def test_uninstalling_leaves_nothing(python: Path, environment: Path) -> None:
-    done = run(python, "-m", "pip", "uninstall", "-y", "anomalib-clipad")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert not list(packages(environment).rglob("*clipad*"))
-
-
-def test_an_editable_install_is_found_and_removed(environment: Path, python: Path, small_clip: str) -> None:
-    run(python, "-m", "pip", "uninstall", "-y", "-q", "anomalib-clipad")
+def test_an_editable_install_is_found_and_uninstalling_leaves_nothing(
+    environment: Path, python: Path, wheel: Path, small_clip: str
+) -> None:
+    uninstall(python, environment)
     source = environment / "checkout"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "results", "*_cache"))
     done = run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q", "-e", source)
     assert done.returncode == 0, done.stderr[-3000:]
     done = run(python, "-c", SHORT_NAME.format(f"get_model('ClipAdSdp', backbone={small_clip!r})"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run(python, "-m", "pip", "uninstall", "-y", "anomalib-clipad").returncode == 0
+    uninstall(python, environment)
+    install(environment, wheel)
+
+
+def uninstall(python: Path, environment: Path) -> None:
+    done = run(python, "-m", "pip", "uninstall", "-y", "anomalib-clipad")
+    assert done.returncode == 0, done.stderr[-3000:]
     assert not list(packages(environment).rglob("*clipad*"))
