@@ -23,7 +23,6 @@ from lightning.pytorch import seed_everything
 
 from anomalib_clipad.compare import job_files
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
-from anomalib_clipad.compare.examples import printable
 from anomalib_clipad.compare.fingerprint import files_named, fingerprint
 from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.settings import short_class
@@ -31,6 +30,7 @@ from anomalib_clipad.compare.shots import take
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import slug
+from anomalib_clipad.pictures.text import printable
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from matplotlib.legend import Legend
 from PIL import Image
 
 from anomalib_clipad.compare.evaluator import METRICS
-from anomalib_clipad.compare.examples import short_names, shortened
+from anomalib_clipad.compare.examples import short_names
 from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.files import slug, write_atomically
+from anomalib_clipad.pictures.text import shortened
 
 OVER_SHOTS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
 COLOURS = ("#1b6ca8", "#d95f02", "#3a9679", "#8e5ea2", "#c2a83e", "#7a4a2b", "#5c6b73", "#d4526e")

@@ -8,11 +8,12 @@ import pandas as pd
 
 from anomalib_clipad.compare import pictures
 from anomalib_clipad.compare.evaluator import METRICS
-from anomalib_clipad.compare.examples import printable, short_names
+from anomalib_clipad.compare.examples import short_names
 from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.compare.known import PUBLISHED
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import slug, write_atomically
+from anomalib_clipad.pictures.text import printable
 
 
 def write_report(output: Path, rows: list[dict[str, Any]], title: str = "", published: str | None = None) -> None:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from anomalib_clipad.compare.examples import shortened
 from anomalib_clipad.compare.job import CompareJob
+from anomalib_clipad.pictures.text import shortened
 
 DIED = "A process of the comparison died, perhaps for lack of memory; start it again for what is missing."
 

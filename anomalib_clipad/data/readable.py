@@ -58,6 +58,23 @@ def scale_to_unit(pixels: np.ndarray, sixteen_bit: bool = False) -> np.ndarray:
     return np.clip(pixels.astype(np.float64) / white, 0, 1).astype(np.float32)
 
 
+def deep_pixels(image: Image.Image) -> np.ndarray:
+    """Pixels of an image of one channel with more than 8 bits, see :func:`scale_to_unit`.
+
+    Args:
+        image: Of one of the modes ``DEEP``, as it was opened.
+
+    Returns:
+        (H, W) float32 in [0, 1].
+
+    Example:
+        >>> deep_pixels(Image.fromarray(np.full((1, 2), 65535, dtype=np.uint16))).tolist()
+        [[1.0, 1.0]]
+    """
+    # A PNG has at most 16 bits, whichever mode Pillow opens it in.
+    return scale_to_unit(np.asarray(image), image.mode in SIXTEEN_BIT or image.format == "PNG")
+
+
 class _Indexed(Protocol):
     """A data set that gives items by number."""
 
@@ -214,9 +231,7 @@ def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
             how = "may be read wrongly" if image.format == "TIFF" else "scored as stored"
             logger.warning("%s is stored rotated and %s; save it upright if that is not meant.", path, how)
         if image.mode in DEEP:
-            # A PNG has at most 16 bits, whichever mode Pillow opens it in.
-            sixteen_bit = image.mode in SIXTEEN_BIT or image.format == "PNG"
-            grey = torch.from_numpy(scale_to_unit(np.asarray(image), sixteen_bit))
+            grey = torch.from_numpy(deep_pixels(image))
             transform = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
             pixels = ImageTensor(grey.expand(3, -1, -1))
             item.image = transform(pixels) if transform else pixels

@@ -27,7 +27,9 @@ from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
+from anomalib_clipad.engine.run_folder import RunFolder
 from anomalib_clipad.engine.table import PredictionTable
+from anomalib_clipad.engine.visualizer import ClipAdVisualizer
 
 if TYPE_CHECKING:
     _Module = AnomalibModule
@@ -88,6 +90,11 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
         """The paper's metrics, see :func:`anomalib_clipad.engine.metrics.paper_evaluator`."""
         return paper_evaluator()
 
+    @classmethod
+    def configure_visualizer(cls) -> ClipAdVisualizer:  # type: ignore[override]  # of the base class that anomalib asks for
+        """Pictures on a fixed scale, under score and verdict."""
+        return ClipAdVisualizer()
+
     def adopt(
         self,
         network: ZeroShotNetwork,
@@ -111,8 +118,12 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """The model's components, and what leaves the trainer as it was."""
         drop_components_of_other_models(self.trainer)
-        table = [] if self.table is None else [self.table]
-        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks()), *table]
+        callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
+        if self.table is not None:
+            callbacks.append(self.table)  # behind the visualizer, whose pictures it names
+        if any(isinstance(callback, PredictionTable | ClipAdVisualizer) for callback in callbacks):
+            callbacks.insert(0, RunFolder())
+        return [RunGuard(callbacks), *callbacks]
 
     def on_validation_start(self) -> None:
         """See :meth:`prepare_classes`."""
