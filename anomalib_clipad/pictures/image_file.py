@@ -7,7 +7,7 @@ from PIL import Image
 
 from anomalib_clipad.data.readable import DEEP, deep_pixels
 
-SMALLEST = 320  # pixels of the longest side, below which a picture is enlarged
+SMALLEST = 320  # pixels of the longest side, to about which smaller pictures are enlarged
 
 
 def read_picture(path: Path, longest_side: int) -> Image.Image:
@@ -49,7 +49,9 @@ def size_within(size: tuple[int, int], longest_side: int) -> tuple[int, int]:
         ((640, 252), (320, 160))
     """
     longest = max(size)
-    factor = longest_side / longest if longest > longest_side else max(1, min(SMALLEST, longest_side) // longest)
+    factor = longest_side / longest if longest > longest_side else max(1, round(SMALLEST / longest))
+    if factor * longest > longest_side:
+        factor = longest_side // longest or longest_side / longest
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 

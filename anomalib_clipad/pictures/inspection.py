@@ -12,7 +12,7 @@ from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, THRESHOLD, legend, ou
 from anomalib_clipad.pictures.text import fitted, font, lettering, wrapped
 
 MARGIN, GAP = 14, 10
-NARROWEST, NARROWEST_PANEL = 440, 190  # pixels: room for legend and words beside slim images
+NARROWEST, NARROWEST_PANEL = 440, 201  # pixels: room for legend and words beside slim images
 STACKED = 1.5  # images this much wider than high stand above each other
 LINES = 5  # of the explanation
 BACKGROUND, INK, FAINT = (255, 255, 255), (20, 20, 20), (95, 95, 95)

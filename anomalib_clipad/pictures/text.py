@@ -1,5 +1,6 @@
 """Text in pictures, tables and on the screen: one line, of a width that is there, in letters that the font has."""
 
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -146,10 +147,13 @@ def _own_file() -> Path:
 
 @cache
 def _other_files() -> tuple[Path, ...]:
-    from matplotlib.font_manager import fontManager  # which looks through the system's fonts when it is imported
+    from matplotlib import font_manager  # which looks through the system's fonts when it is imported
 
-    found = {entry.name: Path(entry.fname) for entry in fontManager.ttflist if entry.name in FAMILIES}
-    return tuple(found[name] for name in FAMILIES if name in found)
+    files = []
+    for family in FAMILIES:
+        with suppress(ValueError):  # not there
+            files.append(Path(font_manager.findfont(family, fallback_to_default=False)))
+    return tuple(files)
 
 
 @cache
