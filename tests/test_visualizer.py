@@ -144,13 +144,17 @@ def test_an_image_of_any_kind_looks_as_the_model_sees_it(mode: str, tmp_path: Pa
     assert np.abs(shown - shades[:, :, None]).max() <= 1
 
 
-def test_pictures_of_two_runs_and_of_two_folders_stay_apart(small_clip: str, category: Path, tmp_path: Path) -> None:
+def test_pictures_of_two_runs_and_of_two_folders_stay_apart(
+    small_clip: str, category: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip)
-    first = engine.predict(model, data_path=category / "test")
+    with caplog.at_level("INFO", "anomalib_clipad"):
+        first = engine.predict(model, data_path=category / "test")
+    assert f"Results in results/ClipAdSdp/latest/predict/v0: {NAME}, images." in caplog.text
     engine.predict(model, data_path=category / "test/good")
     engine.test(model, datamodule=folder(category), verbose=False)
     runs = Path(engine.trainer.default_root_dir)
-    assert f"Table: {runs / 'predict/v0' / NAME}, pictures: {runs / 'predict/v0/images'}." in caplog.text
     names = [f"images/{path.relative_to(category / 'test')}" for path in (category / "test").rglob("*.png")]
     assert [name for name in files(runs / "predict/v0") if name != NAME] == sorted(names)
     assert len(files(runs / "predict/v1/images")) == 5

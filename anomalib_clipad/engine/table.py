@@ -102,8 +102,9 @@ class PredictionTable(Callback):
         if skipped:
             more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
             words += f"; {len(skipped)} skipped: {', '.join(skipped[:MOST_NAMED])}{more}"
-        pictures = f", pictures: {folder / IMAGES}" if (folder / IMAGES).is_dir() else ""
-        logger.info("%s. Table: %s%s.", words, self.path(folder), pictures)
+        here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        pictures = f", {IMAGES}" if (folder / IMAGES).is_dir() else ""
+        logger.info("%s. Results in %s: %s%s.", words, here, NAME, pictures)
 
     on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
