@@ -104,11 +104,13 @@ def outline(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int] =
     """
     marked = Image.fromarray(255 * np.asarray(mask).astype(bool).astype(np.uint8))
     sized = np.asarray(marked.resize(image.size, Image.Resampling.BILINEAR)) >= 128  # bilinear, so without steps
-    reach = 2 * LINE + 1
-    inner = sized & ~ndimage.minimum_filter(sized, reach, mode="nearest")
-    outer = ndimage.maximum_filter(sized, reach, mode="nearest") & ~sized
     pixels = np.array(image.convert("RGB"))
-    pixels[inner], pixels[outer] = colour, (0, 0, 0)
+    if sized.any():
+        rows, columns = (np.flatnonzero(sized.any(axis=axis)) for axis in (1, 0))
+        window = tuple(slice(max(int(found[0]) - LINE, 0), int(found[-1]) + LINE + 1) for found in (rows, columns))
+        part, reach = sized[window], 2 * LINE + 1
+        pixels[window][part & ~ndimage.minimum_filter(part, reach, mode="nearest")] = colour
+        pixels[window][ndimage.maximum_filter(part, reach, mode="nearest") & ~part] = (0, 0, 0)
     return Image.fromarray(pixels)
 
 
