@@ -209,7 +209,7 @@ class _SkippingCollate:
 
 def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
     with Image.open(path) as image:  # only the header is read
-        if _is_rotated(image, path):
+        if is_rotated(image, path):
             # Pillow 13 turns a TIFF when it decodes it, and scrambles one of one channel without compression.
             how = "may be read wrongly" if image.format == "TIFF" else "scored as stored"
             logger.warning("%s is stored rotated and %s; save it upright if that is not meant.", path, how)
@@ -223,7 +223,7 @@ def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
     return item
 
 
-def _is_rotated(image: Image.Image, path: Path) -> bool:
+def is_rotated(image: Image.Image, path: Path) -> bool:
     if image.format == "PNG" and "exif" not in image.info:
         # EXIF may follow the pixels, and Pillow would decode them all to find it.
         content = path.read_bytes()

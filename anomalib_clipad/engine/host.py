@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.engine.checkpoint import CheckedCheckpointIO
+from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.table import PredictionTable
 
+WRITERS = (PredictionTable, PageWriter)
 LOOPS = {
     TrainerFn.FITTING: "fit_loop",
     TrainerFn.VALIDATING: "validate_loop",
@@ -44,7 +46,7 @@ def drop_components_of_other_models(trainer: Trainer) -> None:
     two models at once if their classes differ. Users give these kinds to the model; an evaluator of a class of its own
     may be the engine's and stays.
     """
-    kinds = (PreProcessor, PostProcessor, Visualizer, RunGuard, PredictionTable)
+    kinds = (PreProcessor, PostProcessor, Visualizer, RunGuard, *WRITERS)
     _keep_callbacks(trainer, lambda callback: not isinstance(callback, kinds) and type(callback) is not Evaluator)
 
 
@@ -152,7 +154,7 @@ class RunGuard(Callback):
         """Leave the trainer as it was."""
         del pl_module, stage
         self._stack.close()
-        _keep_callbacks(trainer, lambda callback: callback is not self and not isinstance(callback, PredictionTable))
+        _keep_callbacks(trainer, lambda callback: callback is not self and not isinstance(callback, WRITERS))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise after a failure."""

@@ -25,6 +25,7 @@ from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
+from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
 from anomalib_clipad.engine.table import PredictionTable
@@ -44,6 +45,7 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
 
     class_name: str | None
     table: PredictionTable | None  # None for no table
+    page: PageWriter | None  # None for no page
     # Score ranges, references and thresholds of classes that were set before, for when they are set again.
     _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]]]]
 
@@ -99,7 +101,7 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     ) -> None:
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
-        self.table = PredictionTable()
+        self.table, self.page = PredictionTable(), PageWriter()
         self.class_name = class_name
         self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
         self._blank = [_copy(module.state_dict()) for module in self._calibrated()]
@@ -111,8 +113,8 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """The model's components, and what leaves the trainer as it was."""
         drop_components_of_other_models(self.trainer)
-        table = [] if self.table is None else [self.table]
-        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks()), *table]
+        written = [callback for callback in (self.table, self.page) if callback is not None]
+        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks()), *written]
 
     def on_validation_start(self) -> None:
         """See :meth:`prepare_classes`."""
@@ -189,13 +191,13 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
         return self.test_step(batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch, and keep the model's own scores on it for the metrics."""
+        """Score a batch, and keep the model's own map on it for the metrics."""
         scored = self.predict_step(batch, batch_idx, dataloader_idx)
-        scored.raw_score, scored.raw_map = scored.pred_score, scored.anomaly_map
+        scored.raw_map = scored.anomaly_map
         return cast("STEP_OUTPUT", scored)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> ZeroShotBatch:  # type: ignore[override]  # a batch is what anomalib returns too
-        """Score a batch."""
+        """Score a batch, and keep the model's own scores on it."""
         del batch_idx, dataloader_idx
         ours, network = ZeroShotBatch.of(cast("ImageBatch", batch)), self.model
         if ours.features is None:
@@ -204,6 +206,7 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
             scores = network.scores_of(ours.features, ours.class_index)
             ours.features = None  # not to be drawn, nor kept with the predictions
         ours.update(**network.predictions(scores)._asdict())
+        ours.raw_score = ours.pred_score
         return ours
 
     def on_validation_batch_end(
