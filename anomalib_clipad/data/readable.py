@@ -224,6 +224,17 @@ def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
 
 
 def is_rotated(image: Image.Image, path: Path) -> bool:
+    """Whether an image's EXIF says that it is to be shown in another orientation than it is stored in.
+
+    Args:
+        image: Opened; its pixels need not be read.
+        path: Its file.
+
+    Example:
+        >>> with Image.open(image_folder / "a.png") as image:
+        ...     is_rotated(image, image_folder / "a.png")
+        False
+    """
     if image.format == "PNG" and "exif" not in image.info:
         # EXIF may follow the pixels, and Pillow would decode them all to find it.
         content = path.read_bytes()

@@ -70,7 +70,9 @@ class PageWriter(Callback):
         self._seen += scored.batch_size
         with _sentence(folder / NAME):
             for item, score in zip(scored.items[: max(0, room)], _scores(scored, pl_module), strict=False):
-                self._images.append(_drawn(item, score, pl_module, folder))
+                # Images without a file have a number of their own in every process.
+                name = item.image_path or f"image {len(self._images)} of process {trainer.global_rank}"
+                self._images.append(_drawn(item, Path(name), score, pl_module, folder))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join what several processes have drawn, and write the page."""
@@ -116,9 +118,14 @@ class PageWriter(Callback):
         logged = trainer.callback_metrics if trainer.testing and not self._running else {}
         figures = {key: float(value) for key, value in logged.items() if value.numel() == 1}
         metrics = pd.DataFrame([{"model": _name(model), **figures}]) if figures else None
-        threshold = 1 - _post_processor(model).image_sensitivity if _post_processor(model) else THRESHOLD
+        post_processor = _post_processor(model)
         return write_page(
-            self.folder(trainer), title, images, notes=[*notes, *self._notes(trainer, model)], metrics=metrics, threshold=threshold
+            self.folder(trainer),
+            title,
+            images,
+            notes=[*notes, *self._notes(trainer, model)],
+            metrics=metrics,
+            threshold=THRESHOLD if post_processor is None else 1 - post_processor.image_sensitivity,
         )
 
     def _notes(self, trainer: Trainer, model: LightningModule) -> Iterator[str]:
@@ -169,9 +176,8 @@ def _scores(batch: ZeroShotBatch, model: LightningModule) -> list[float]:
     return torch.where(inside | ~beyond.isfinite(), shown, beyond).tolist()
 
 
-def _drawn(item: ZeroShotItem, score: float, model: LightningModule, folder: Path) -> PageImage:
-    names, path = cast("Any", model).model.class_names, Path(item.image_path or "image")
-    heat = None
+def _drawn(item: ZeroShotItem, path: Path, score: float, model: LightningModule, folder: Path) -> PageImage:
+    names, heat = cast("Any", model).model.class_names, None
     if item.anomaly_map is not None and _is_scaled(model):
         anomaly_map = cast("torch.Tensor", item.anomaly_map).detach().float().cpu().squeeze().numpy()
         heat = write_heat_layer(anomaly_map, path, folder)
@@ -187,7 +193,7 @@ def _drawn(item: ZeroShotItem, score: float, model: LightningModule, folder: Pat
         category=names[int(item.class_index)] if item.class_index is not None else names[0],
         truth=None if item.gt_label is None else int(item.gt_label),
         findings={_name(model): finding},
-        thumbnail=write_thumbnail(path, folder),
+        thumbnail=write_thumbnail(path, folder) if item.image_path else None,
         original=_relative(path, folder) if shown_by_browsers(path) else None,
     )
 

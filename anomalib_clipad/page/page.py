@@ -19,7 +19,7 @@ from anomalib_clipad.pictures.heatmap import THRESHOLD, colours
 NAME = "report.html"
 TEMPLATE = "report.html.j2"
 COLOUR_STOPS = 16  # of the legend
-DIGITS = 4  # significant ones of the largest number in a column of metrics
+DIGITS = 4  # of the largest number in a column of metrics, behind the point where it is below 1
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _column(column: pd.Series) -> list[dict[str, Any]]:
     values = column.astype(float).to_numpy()
     largest = np.abs(values[np.isfinite(values)]).max(initial=1e-9)
     whole = pd.api.types.is_integer_dtype(column)
-    decimals = 0 if whole else int(np.clip(DIGITS - 1 - np.floor(np.log10(max(largest, 1e-9))), 0, DIGITS))
+    decimals = 0 if whole else int(np.clip(DIGITS - np.ceil(np.log10(largest)), 0, DIGITS))
     return [
         {"text": f"{value:.{decimals}f}", "sort": value} if np.isfinite(value) else {"text": "–", "sort": None}  # noqa: RUF001
         for value in values

