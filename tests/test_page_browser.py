@@ -1,4 +1,4 @@
-"""The page in a real browser: what is clicked, moved and exported there is what Python computes from the same scores."""
+"""The page in a real browser: what is clicked, moved and exported there is what Python computes from them."""
 
 import csv
 import json
@@ -240,8 +240,7 @@ def test_names_are_text(opened: Callable, tmp_path: Path) -> None:
 
 
 def test_an_image_is_enlarged_and_keys_lead_through_all(opened: Callable, tmp_path: Path) -> None:
-    page, images = example(tmp_path)
-    browser = opened(page)
+    browser = opened(example(tmp_path)[0])
     order = shown(browser)
     browser.find_elements("class name", "picture")[1].click()
     dialog = browser.find_element("id", "dialog")

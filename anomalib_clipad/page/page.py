@@ -193,7 +193,7 @@ def _column(column: pd.Series) -> list[dict[str, Any]]:
     whole = pd.api.types.is_integer_dtype(column)
     decimals = 0 if whole else int(np.clip(DIGITS - np.ceil(np.log10(largest)), 0, DIGITS))
     return [
-        {"text": f"{value:.{decimals}f}", "sort": value} if np.isfinite(value) else {"text": "–", "sort": None}  # noqa: RUF001
+        {"text": f"{value:.{decimals}f}", "sort": value} if np.isfinite(value) else {"text": "n/a", "sort": None}
         for value in values
     ]
 
