@@ -267,7 +267,7 @@ def test_the_page_says_what_is_not_on_it(small_clip: str, tmp_path: Path) -> Non
     words = page_of(engine).read_text()
     assert len(paths_of(page_of(engine))) == 5
     assert "The page has 5 of the 6 images" in words
-    assert "1 images are not on the page" in words
+    assert "not on the page: 1;" in words
 
 
 def test_a_model_without_a_page_writes_none_and_the_trainer_is_left_without_it(

@@ -140,7 +140,7 @@ class PageWriter(Callback):
             yield f"The page has {len(self._images)} of the {self._seen} images; {NAME} would be slow with more."
         left = len(set(_images_of(trainer))) - self._seen
         if left > 0 and not self._running:
-            yield f"{left} images are not on the page; the run's log names those that could not be read."
+            yield f"Images that are not on the page: {left}; the run's log names those that could not be read."
 
 
 def _post_processor(model: LightningModule) -> PostProcessor | None:
