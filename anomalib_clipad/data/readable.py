@@ -226,7 +226,7 @@ class _SkippingCollate:
 
 def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
     with Image.open(path) as image:  # only the header is read
-        if _is_rotated(image, path):
+        if is_rotated(image, path):
             # Pillow 13 turns a TIFF when it decodes it, and scrambles one of one channel without compression.
             how = "may be read wrongly" if image.format == "TIFF" else "scored as stored"
             logger.warning("%s is stored rotated and %s; save it upright if that is not meant.", path, how)
@@ -238,7 +238,18 @@ def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
     return item
 
 
-def _is_rotated(image: Image.Image, path: Path) -> bool:
+def is_rotated(image: Image.Image, path: Path) -> bool:
+    """Whether an image's EXIF says that it is to be shown in another orientation than it is stored in.
+
+    Args:
+        image: Opened; its pixels need not be read.
+        path: Its file.
+
+    Example:
+        >>> with Image.open(image_folder / "a.png") as image:
+        ...     is_rotated(image, image_folder / "a.png")
+        False
+    """
     if image.format == "PNG" and "exif" not in image.info:
         # EXIF may follow the pixels, and Pillow would decode them all to find it.
         content = path.read_bytes()

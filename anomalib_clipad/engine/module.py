@@ -26,6 +26,7 @@ from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
+from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
 from anomalib_clipad.engine.run_folder import RunFolder
@@ -48,6 +49,7 @@ class ZeroShotMixin(SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeEx
 
     class_name: str | None
     table: PredictionTable | None  # None for no table
+    page: PageWriter | None  # None for no page
     # Score ranges, references and thresholds of classes that were set before, for when they are set again.
     _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]]]]
 
@@ -109,7 +111,7 @@ class ZeroShotMixin(SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeEx
     ) -> None:
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
-        self.table = PredictionTable()
+        self.table, self.page = PredictionTable(), PageWriter()
         self.class_name = class_name
         self.adopt_single_pass(single_pass)
         self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
@@ -123,9 +125,9 @@ class ZeroShotMixin(SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeEx
         """The model's components, and what leaves the trainer as it was."""
         drop_components_of_other_models(self.trainer)
         callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
-        if self.table is not None:
-            callbacks.append(self.table)  # behind the visualizer, whose pictures it names
-        if any(isinstance(callback, PredictionTable | ClipAdVisualizer) for callback in callbacks):
+        # Behind the visualizer, whose pictures the table names.
+        callbacks += [writer for writer in (self.table, self.page) if writer is not None]
+        if any(isinstance(callback, PredictionTable | PageWriter | ClipAdVisualizer) for callback in callbacks):
             callbacks.insert(0, RunFolder())
         return [RunGuard(callbacks), *callbacks]
 
@@ -205,13 +207,13 @@ class ZeroShotMixin(SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeEx
         return self.test_step(batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch, and keep the model's own scores on it for the metrics."""
+        """Score a batch, and keep the model's own map on it for the metrics."""
         scored = self.predict_step(batch, batch_idx, dataloader_idx)
-        scored.raw_score, scored.raw_map = scored.pred_score, scored.anomaly_map
+        scored.raw_map = scored.anomaly_map
         return cast("STEP_OUTPUT", scored)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> ZeroShotBatch:  # type: ignore[override]  # a batch is what anomalib returns too
-        """Score a batch."""
+        """Score a batch, and keep the model's own scores on it."""
         del batch_idx, dataloader_idx
         ours = ZeroShotBatch.of(cast("ImageBatch", batch))
         scores = self.kept_scores(ours)
@@ -220,6 +222,7 @@ class ZeroShotMixin(SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeEx
             self.keep_scores(ours, scores)
         ours.features = None  # not to be drawn, nor kept with the predictions
         ours.update(**self.model.predictions(scores)._asdict())
+        ours.raw_score = ours.pred_score
         return ours
 
     def _scores(self, batch: ZeroShotBatch) -> Scores:

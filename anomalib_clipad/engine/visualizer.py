@@ -99,7 +99,7 @@ class ClipAdVisualizer(Visualizer):
         by_threshold = item.pred_mask is not None and isinstance(post_processor, PostProcessor)
         return inspection_picture(
             self._image(item, model),
-            None if item.anomaly_map is None else _plane(_on_the_scale(item.anomaly_map, model)),
+            None if item.anomaly_map is None else _plane(map_on_the_scale(item.anomaly_map, model)),
             verdict,
             self._names.below(verdict.path),
             None if item.pred_mask is None else _plane(item.pred_mask).astype(bool),
@@ -122,8 +122,19 @@ class ClipAdVisualizer(Visualizer):
         return sized(image, size_within(image.size, self.longest_side))
 
 
-def _on_the_scale(anomaly_map: torch.Tensor, model: LightningModule) -> torch.Tensor:
-    """The map in [0, 1]; by the model's own rule where no post-processor has brought it there."""
+def map_on_the_scale(anomaly_map: torch.Tensor, model: LightningModule) -> torch.Tensor:
+    """A map in [0, 1], 0.5 at the threshold; by the model's own rule where no post-processor has brought it there.
+
+    Args:
+        anomaly_map: Of any shape, as the batch has it at the end of a step.
+        model: The one that made it.
+
+    Example:
+        >>> from anomalib_clipad import ClipAdSdp
+        >>> model = ClipAdSdp("nut", small_clip, post_processor=False)
+        >>> map_on_the_scale(torch.zeros(1), model)
+        tensor([0.5000])
+    """
     post_processor = getattr(model, "post_processor", None)
     shown = isinstance(post_processor, PostProcessor) and post_processor.enable_normalization
     if shown and not isinstance(post_processor, ClipAdPostProcessor):
