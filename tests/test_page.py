@@ -254,7 +254,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_part_of_a_page(
     with limited_files(20_000), pytest.raises(InputError, match=r"report\.html cannot be written"):
         engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=image_folder)
     where = Path(engine.trainer.default_root_dir)
-    assert not [path for path in where.rglob("*") if "report" in path.name]
+    assert not [path for path in where.rglob("*") if "report.html" in path.name]
     assert len(pd.read_csv(next(where.rglob(TABLE)))) == 2
 
 

@@ -29,6 +29,11 @@ GREY = Image.new("RGB", (400, 300), (120, 120, 120))
 BAD = Verdict("line/nut.png", "nut", score=0.83, threshold=0.5, label=True, p_value=0.04, truth=False)
 
 
+def beside_the_page(root: Path) -> list[str]:
+    """Files of a run but for those of its page."""
+    return [name for name in files(root) if "report.html" not in name and "report_files" not in name]
+
+
 def pixels_of(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("RGB")).astype(int)
 
@@ -156,9 +161,9 @@ def test_pictures_of_two_runs_and_of_two_folders_stay_apart(
     engine.test(model, datamodule=folder(category), verbose=False)
     runs = Path(engine.trainer.default_root_dir)
     names = [f"images/{path.relative_to(category / 'test')}" for path in (category / "test").rglob("*.png")]
-    assert [name for name in files(runs / "predict/v0") if name != NAME] == sorted(names)
-    assert len(files(runs / "predict/v1/images")) == 5
-    assert sorted(files(runs / "test/v0")) == sorted([*names, NAME])
+    assert [name for name in beside_the_page(runs / "predict/v0") if name != NAME] == sorted(names)
+    assert len(beside_the_page(runs / "predict/v1/images")) == 5
+    assert sorted(beside_the_page(runs / "test/v0")) == sorted([*names, NAME])
     table = pd.read_csv(runs / "predict/v0" / NAME)
     assert list(table.picture) == [batch.picture[0] for batch in first]
     for row in table.itertuples():
@@ -244,7 +249,7 @@ def test_a_full_disk_while_drawing_is_one_sentence_and_leaves_whole_pictures(sma
     with limited_files(200_000), pytest.raises(InputError, match="1.png cannot be written .*; what was written stays"):
         engine.predict(model, data_path=photos)
     run = Path(engine.trainer.default_root_dir) / "predict/v0"
-    assert files(run) == ["images/0.png", NAME]
+    assert beside_the_page(run) == ["images/0.png", NAME]
     Image.open(run / "images/0.png").load()
     assert len(pd.read_csv(run / NAME)) == 1
     assert not [callback for callback in engine.trainer.callbacks if isinstance(callback, ClipAdVisualizer)]
@@ -276,7 +281,7 @@ def test_the_command_turns_pictures_off_and_takes_another_visualizer(
     done = anomalib("predict", *model, "--data", image_folder, "--model.visualizer", *way)
     assert done.returncode == 0, done.stderr[-3000:]
     results = next((tmp_path / "results").rglob("predict")).parent
-    assert [name for name in files(results) if name != "config.yaml"] == expected
+    assert [name for name in beside_the_page(results) if name != "config.yaml"] == expected
 
 
 def test_models_of_others_draw_with_our_visualizer(category: Path, tmp_path: Path) -> None:
@@ -289,7 +294,7 @@ def test_models_of_others_draw_with_our_visualizer(category: Path, tmp_path: Pat
     engine = new_engine(tmp_path)
     engine.fit(model, datamodule=folder(category))
     engine.test(model, datamodule=folder(category), verbose=False)
-    assert len(files(Path(engine.trainer.default_root_dir) / "images")) == 11
+    assert len(beside_the_page(Path(engine.trainer.default_root_dir) / "images")) == 11
 
 
 def test_the_next_model_on_an_engine_draws_with_its_own(small_clip: str, image_folder: Path, tmp_path: Path) -> None:
@@ -297,8 +302,8 @@ def test_the_next_model_on_an_engine_draws_with_its_own(small_clip: str, image_f
     engine.predict(ClipAdSdp("cup", small_clip), data_path=image_folder)
     engine.predict(ClipAdSdp("cup", small_clip, visualizer=ImageVisualizer()), data_path=image_folder)
     results = Path(engine.trainer.default_root_dir)
-    assert files(results / "predict/v1") == [NAME]
-    assert files(results / "images") == ["pictures/a.png", "pictures/b.jpg"]
+    assert beside_the_page(results / "predict/v1") == [NAME]
+    assert beside_the_page(results / "images") == ["pictures/a.png", "pictures/b.jpg"]
 
 
 def test_a_side_that_is_not_positive_is_refused() -> None:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 LONGER_SIDE = 240  # pixels
 QUALITY = 85
-THUMBNAILS, HEAT = "thumbnails", "heat"
+THUMBNAILS, HEAT = "report_files/thumbnails", "report_files/heat"
 BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
 
