@@ -57,7 +57,7 @@ def choose_rows(kept: Mapping[str, Kept]) -> tuple[list[Row], int]:
     first = next(iter(kept.values()))
     shared = sorted(set.intersection(*(set(one.images) for one in kept.values())))
     labels = [first.images[path].label for path in shared]
-    reasons: dict[str, dict[str, list[str]]] = {path: {} for path in sorted(choose_examples(shared, labels))}
+    reasons: dict[str, dict[str, list[str]]] = {path: {} for path in choose_examples(shared, labels)}
     extra: list[str] = []
     for model, one in kept.items():
         both = extremes(shared, labels, [one.images[path].shown for path in shared])
@@ -69,9 +69,7 @@ def choose_rows(kept: Mapping[str, Kept]) -> tuple[list[Row], int]:
             if path in reasons or extra.index(path) < MOST_EXTREMES:
                 reasons.setdefault(path, {}).setdefault(words, []).append(shortened(model, 24))
     texts = {
-        path: "; ".join(
-            f"{words} of {', '.join(shortened(name, 24) for name in names)}" for words, names in why.items()
-        )
+        path: "\n".join(f"{words} of {'; '.join(models)}" for words, models in why.items())
         for path, why in reasons.items()
     }
     return [Row(path, why) for path, why in texts.items()], max(0, len(extra) - MOST_EXTREMES)
@@ -100,7 +98,7 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
 
     heights = [CELL * min(max(picture.height / picture.width, FLATTEST), TALLEST) + CAPTION for picture in pictures]
     width = NAMES + CELL * len(columns)
-    foot = _foot(notes, width)
+    foot = _foot(kept, notes, width)
     bottom = 0.5 + 0.16 * len(foot)
     figure = new_figure(width, sum(heights) + 0.3 + bottom)
     layout = figure.get_layout_engine()
@@ -158,16 +156,16 @@ def _write_name(axis: Axes, name: str, truth: int | None, why: str) -> None:
     lines = textwrap.wrap(shortened(name, 60), 22)
     lines += [] if truth is None else [f"({VERDICTS[truth]})"]
     axis.text(0, 0.98, "\n".join(lines), fontsize=8, va="top", transform=axis.transAxes, parse_math=False)
-    below = "\n" * len(lines) + "\n".join(textwrap.wrap(why, 24))
+    below = "\n" * len(lines) + "\n".join(textwrap.fill(line, 24) for line in why.splitlines())
     axis.text(0, 0.98, below, fontsize=8, va="top", style="italic", transform=axis.transAxes, parse_math=False)
 
 
 def _write_verdict(axis: Axes, image: KeptImage, known: bool) -> None:
     if not known:
-        axis.set_xlabel(f"score {image.shown:.2f}\nno verdict", fontsize=8)
+        axis.set_xlabel(f"score {image.shown:.3f}\nno verdict", fontsize=8)
         return
     called = int(image.shown > THRESHOLD)
-    words, colour = f"score {image.shown:.2f}, {VERDICTS[called]}", RIGHT
+    words, colour = f"score {image.shown:.3f}, {VERDICTS[called]}", RIGHT
     if image.label is not None:
         wrong = "✗ false alarm" if called else "✗ missed"
         words += "\n" + ("✓ right" if called == image.label else wrong)
@@ -175,9 +173,13 @@ def _write_verdict(axis: Axes, image: KeptImage, known: bool) -> None:
     axis.set_xlabel(words, fontsize=8, color=colour, weight="bold" if colour == WRONG else "normal")
 
 
-def _foot(notes: Sequence[str], width: float) -> list[str]:
-    key = "White line: above the map's threshold. Cyan line: ground truth. Scores: 0.5 = threshold, ✗ = wrong."
-    return [line for text in (key, *notes) for line in textwrap.wrap(text, int(14 * width))]
+def _foot(kept: Mapping[str, Kept], notes: Sequence[str], width: float) -> list[str]:
+    key = ["Scores and heatmaps: 0.5 = threshold."]
+    if any(one.scales.map.known for one in kept.values()):
+        key.append("White line: above the map's threshold.")
+    if any(one.masks for one in kept.values()):
+        key.append("Cyan line: ground truth.")
+    return [line for text in (" ".join(key), *notes) for line in textwrap.wrap(text, int(14 * width))]
 
 
 def _write_foot(figure: Figure, lines: Sequence[str]) -> None:

@@ -106,8 +106,9 @@ def _verdict_lines(done: pd.DataFrame, kept: Mapping[str, Kept], drawn: set[str]
         "post-processor. `predictions.csv` has every score.",
         "",
     ]
-    lines += [f"- {sentence}" for sentence in scale_remarks(done.to_dict("records"))]
-    lines += ["", "![Scores](scores.png)", "", *([capped, ""] if (capped := left_out(judged)) else [])]
+    if sentences := scale_remarks(done.to_dict("records")):
+        lines += [*(f"- {sentence}" for sentence in sentences), ""]
+    lines += ["![Scores](scores.png)", "", *([capped, ""] if (capped := left_out(judged)) else [])]
     if len(counts := confusion(judged, ["model"])):
         lines += ["### Verdicts by model", "", _table(counts), ""]
     if len(counts) and judged["category"].nunique() > 1:

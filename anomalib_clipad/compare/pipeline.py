@@ -14,6 +14,7 @@ import yaml
 from anomalib.pipelines.components.base import Pipeline, Runner
 from huggingface_hub import try_to_load_from_cache
 from open_clip.pretrained import get_pretrained_cfg
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -194,7 +195,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if means.empty:
         return
     names = Column("", min_width=min(24, max(len(str(name)) for name in means.index)))
-    table = Table(names, *(METRICS[name] for name in means), title="Means over the categories, %", show_edge=False)
+    table = Table(names, *(METRICS[name].replace(" ", "\n") for name in means), title="Means over the categories, %", box=SIMPLE_HEAD, padding=0)
     for model, values in means.iterrows():
         table.add_row(Text(str(model)), *(f"{100 * value:.1f}" for value in values))
     Console().print(table)
