@@ -1,6 +1,7 @@
 """What both models are made of: text side, image side, and where they meet."""
 
-from anomalib_clipad.components.backbone import Backbone, fingerprint, load_backbone
+from anomalib_clipad.components.backbone import Backbone, OpenedBackbone, fingerprint, load_backbone, open_backbone
+from anomalib_clipad.components.class_text_features import ClassTextFeatures
 from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.float32 import Float32Buffers
@@ -21,12 +22,14 @@ from anomalib_clipad.components.text_encoder import TextEncoder
 
 __all__ = [
     "Backbone",
+    "ClassTextFeatures",
     "ConformalThreshold",
     "DualPathFeatures",
     "DualPathVisionTransformer",
     "Float32Buffers",
     "GaussianSmoothing",
     "MapScale",
+    "OpenedBackbone",
     "Prediction",
     "PromptEnsemble",
     "ReferenceBank",
@@ -38,6 +41,7 @@ __all__ = [
     "feature_surgery",
     "fingerprint",
     "load_backbone",
+    "open_backbone",
     "p_values",
     "select_representative_vector",
     "text_score",
