@@ -195,7 +195,13 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if means.empty:
         return
     names = Column("", min_width=min(24, max(len(str(name)) for name in means.index)))
-    table = Table(names, *(METRICS[name].replace(" ", "\n") for name in means), title="Means over the categories, %", box=SIMPLE_HEAD, padding=0)
+    table = Table(
+        names,
+        *(METRICS[name].replace(" ", "\n") for name in means),
+        title="Means over the categories, %",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
     for model, values in means.iterrows():
         table.add_row(Text(str(model)), *(f"{100 * value:.1f}" for value in values))
     Console().print(table)
