@@ -84,6 +84,7 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
         notes: Sentences for the foot of the picture.
 
     Example:
+        >>> from pathlib import Path
         >>> from anomalib_clipad.compare.scale import choose_scales
         >>> image = KeptImage(score=0.3, shown=0.3, label=0, heat=Path("none.png"))
         >>> kept = {"SDP": Kept({"a.png": image}, {}, choose_scales(None, [0.3], [(0, 1)], [0]), "digest")}

@@ -139,7 +139,7 @@ class WholeExportMixin(ExportMixin):
             msg = "INT8_PTQ chooses its ranges by images; give a datamodule, such as --data MVTecAD."
             raise InputError(msg)
         self.prepare_export(datamodule)
-        logger.info("Tracing the model for OpenVINO, which takes up to a minute or two.")
+        logger.info("Exporting to OpenVINO by way of ONNX.")
         kwargs |= {"input_size": input_size, "compression_type": compression_type, "datamodule": datamodule}
         export = super().to_openvino
         return _write(export_root, lambda folder: export(folder, model_file_name, **kwargs))

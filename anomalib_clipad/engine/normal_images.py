@@ -237,7 +237,7 @@ class NormalImagesMixin(_Module):
 
     def _bar(self, words: str, total: int) -> tqdm:
         hidden = self._trainer is not None and self.trainer.progress_bar_callback is None
-        return tqdm(total=total, desc=words, disable=hidden or not total, leave=False)
+        return tqdm(total=total, desc=words, disable=hidden or not total)
 
     def _forward_context(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
