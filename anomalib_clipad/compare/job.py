@@ -211,7 +211,7 @@ class CompareJob(Job):
             row |= {
                 "images": len(evaluator.paths),
                 "skipped": evaluator.skipped,
-                "images_per_second": len(evaluator.paths) / max(evaluator.seconds, 1e-9),
+                "images_per_second": evaluator.images_per_second(model),
                 "peak_memory_mib": memory.peak_mib(),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "device": torch.cuda.get_device_name() if self.accelerator == "cuda" else platform.machine(),
@@ -274,7 +274,6 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> 
     """The model without measurements and pictures of its own."""
     model: Any = get_model(dict(config))
     model.evaluator = model.visualizer = model.table = model.page = None
-    model.single_pass = False  # the time of the test pass is measured
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,15 @@ from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.engine.run_folder import images_of, run_folder, writing
 from anomalib_clipad.engine.visualizer import map_on_the_scale
 from anomalib_clipad.errors import InputError
-from anomalib_clipad.page import Finding, PageImage, shown_by_browsers, write_heat_layer, write_page, write_thumbnail
+from anomalib_clipad.page import (
+    Finding,
+    PageImage,
+    shown_by_browsers,
+    with_folders,
+    write_heat_layer,
+    write_page,
+    write_thumbnail,
+)
 from anomalib_clipad.page.page import NAME
 from anomalib_clipad.pictures.heatmap import THRESHOLD
 
@@ -108,7 +116,7 @@ class PageWriter(Callback):
         part.unlink()
 
     def _write(self, trainer: Trainer, model: LightningModule, notes: Sequence[str] = ()) -> Path:
-        images = list(_by_folder(self._images))
+        images = with_folders(self._images)
         classes = sorted({image.category for image in images})
         title = f"{_name(model)}: {', '.join(classes)}" if classes else _name(model)
         logged = trainer.callback_metrics if trainer.testing and not self._running else {}
@@ -192,14 +200,3 @@ def _relative(path: Path, folder: Path) -> str | None:
         return os.path.relpath(path, folder)
     except ValueError:  # on another drive
         return None
-
-
-def _by_folder(images: Sequence[PageImage]) -> Iterator[PageImage]:
-    """The images, each with its folder below the one that all of them have in common."""
-    parents = [str(Path(image.path).absolute().parent) for image in images]
-    try:
-        common = os.path.commonpath(parents) if parents else ""
-    except ValueError:  # several drives
-        common = ""
-    for image, parent in zip(images, parents, strict=True):
-        yield replace(image, folder=parent[len(common) :].strip(os.sep).replace(os.sep, "/"))

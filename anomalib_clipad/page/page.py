@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -121,6 +121,32 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / NAME, html.encode())
     return folder / NAME
+
+
+def with_folders(images: Sequence[PageImage]) -> list[PageImage]:
+    """Images, each with its folder below the one that all of its category have in common.
+
+    Example:
+        >>> images = [PageImage(f"test/{name}/1.png", "nut", None, {}) for name in ("good", "crack")]
+        >>> [image.folder for image in with_folders(images)]
+        ['good', 'crack']
+    """
+    parents = [str(Path(image.path).absolute().parent) for image in images]
+    of_category: dict[str, list[str]] = {}
+    for image, parent in zip(images, parents, strict=True):
+        of_category.setdefault(image.category, []).append(parent)
+    common = {category: _common(paths) for category, paths in of_category.items()}
+    return [
+        replace(image, folder=parent[len(common[image.category]) :].strip(os.sep).replace(os.sep, "/"))
+        for image, parent in zip(images, parents, strict=True)
+    ]
+
+
+def _common(folders: Sequence[str]) -> str:
+    try:
+        return os.path.commonpath(folders)
+    except ValueError:  # several drives
+        return ""
 
 
 def _data(images: Sequence[PageImage], threshold: float) -> dict[str, Any]:
