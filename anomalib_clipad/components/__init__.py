@@ -1,6 +1,7 @@
 """What both models are made of: text side, image side, and where they meet."""
 
 from anomalib_clipad.components.backbone import Backbone, fingerprint, load_backbone
+from anomalib_clipad.components.class_text_features import ClassTextFeatures
 from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.float32 import Float32Buffers
@@ -21,6 +22,7 @@ from anomalib_clipad.components.text_encoder import TextEncoder
 
 __all__ = [
     "Backbone",
+    "ClassTextFeatures",
     "ConformalThreshold",
     "DualPathFeatures",
     "DualPathVisionTransformer",

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from anomalib_clipad.components import (
     Backbone,
+    ClassTextFeatures,
     DualPathFeatures,
     DualPathVisionTransformer,
-    Float32Buffers,
     GaussianSmoothing,
     PromptEnsemble,
     ReferenceBank,
@@ -34,7 +34,7 @@ from anomalib_clipad.errors import InputError
 PAPER_SIGMA, PAPER_SIZE = 8.0, 240  # the smoothing belongs to this input size
 
 
-class ClipAdSdpModel(Float32Buffers):
+class ClipAdSdpModel(ClassTextFeatures):
     """SDP: staged dual path, feature surgery and text vectors chosen by RVS.
 
     Args:
@@ -65,10 +65,6 @@ class ClipAdSdpModel(Float32Buffers):
         (torch.Size([3, 32, 32]), torch.Size([3]))
     """
 
-    growing = ("text_features",)
-
-    text_features: torch.Tensor
-    text_encoder: TextEncoder | None  # none in an exported model
     needs_original = False  # whether the map needs the original path's taps
 
     def __init__(
@@ -85,20 +81,15 @@ class ClipAdSdpModel(Float32Buffers):
         clip: nn.Module | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        super().__init__()
-        self.rvs = rvs_options(rvs)
-        self.prompts = PromptEnsemble.from_config(prompts)
+        options, ensemble = rvs_options(rvs), PromptEnsemble.from_config(prompts)
         if clip is None:
             loaded = load_backbone(backbone, pretrained)
         else:
             loaded = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
+        visual = DualPathVisionTransformer(cast("nn.Module", loaded.clip.visual), layers)
+        super().__init__(TextEncoder(loaded.clip, loaded.tokenizer), visual.embed_dim, ensemble, options)
         self.mean, self.std = loaded.mean, loaded.std
-        self.visual = (
-            DualPathVisionTransformer(cast("nn.Module", loaded.clip.visual), layers)
-            .eval()
-            .requires_grad_(requires_grad=False)
-        )
-        self.text_encoder = TextEncoder(loaded.clip, loaded.tokenizer)
+        self.visual = visual.eval().requires_grad_(requires_grad=False)
         self.image_size = _pair(image_size) if image_size else self.visual.image_size
         self.grid = self.visual.grid(self.image_size)
         self.sigma = PAPER_SIGMA * self.image_size[0] / PAPER_SIZE if sigma is None else sigma
@@ -106,9 +97,6 @@ class ClipAdSdpModel(Float32Buffers):
         self.fusion = ScoreFusion(self.map_scale)
         self.references = ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, max_references)
         self.reference_fusion = ReferenceFusion()
-
-        self.class_names: tuple[str, ...] = ()
-        self.register_buffer("text_features", torch.empty(0, 2, self.visual.embed_dim))  # normal, anomalous
         if class_names:
             self.set_classes(class_names)
 
@@ -117,33 +105,8 @@ class ClipAdSdpModel(Float32Buffers):
         """Twice a map value over the stages is a mean margin of cosines, a logit at CLIP's temperature."""
         return MapScale(centre=0.0, slope=LOGIT_SCALE * 2 / len(self.visual.layers))
 
-    def set_classes(self, class_names: Sequence[str]) -> None:
-        """Encode the prompts of these classes; forgets score ranges measured on others.
-
-        Args:
-            class_names: What can be in the images; an image's ``class_index`` counts them from 0.
-
-        Raises:
-            InputError: If there is none, one is empty, or the model was exported, which leaves the text tower out.
-        """
-        if isinstance(class_names, str) or not class_names:
-            msg = f"class_names must be a list of at least one name, got {class_names!r}."
-            raise InputError(msg)
-        if self.text_encoder is None:
-            msg = f"This model was exported for {', '.join(self.class_names)}; export one for {', '.join(class_names)}."
-            raise InputError(msg)
-        vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
-        self.text_features = torch.stack(vectors).to(self.text_features.device)
-        self.class_names = tuple(class_names)
-        self._forget_images()
-
-    def forget_classes(self) -> None:
-        """Have no class, no score ranges and no references, as at the beginning."""
-        self.class_names = ()
-        self.text_features = self.text_features[:0]
-        self._forget_images()
-
-    def _forget_images(self) -> None:
+    def forget_images(self) -> None:
+        """Have no score ranges and no references."""
         self.fusion.reset()
         self.references.reset()
         self.reference_fusion.reset()
@@ -184,14 +147,6 @@ class ClipAdSdpModel(Float32Buffers):
             maps = self._enlarge_smoothly(self.references.fit(original, len(text_maps)))
             self.reference_fusion.fit(text_maps, maps, text_scores)
             return self._with_references(text_maps, maps, text_scores)
-
-    def get_extra_state(self) -> dict[str, list[str]]:
-        """What a state dict keeps beside tensors: the classes that the text vectors belong to."""
-        return {"class_names": list(self.class_names)}
-
-    def set_extra_state(self, state: Mapping[str, Sequence[str]]) -> None:
-        """Take over the classes of a state dict."""
-        self.class_names = tuple(state["class_names"])
 
     def train(self, mode: bool = True) -> "ClipAdSdpModel":
         """Set the training mode; CLIP is frozen and stays in eval mode."""
@@ -313,27 +268,6 @@ class ClipAdSdpModel(Float32Buffers):
 
     def _enlarge_smoothly(self, patches: torch.Tensor) -> torch.Tensor:
         return self.smoothing(self._enlarge_patches(patches))
-
-    def select_text_features(self, class_index: torch.Tensor | None = None) -> torch.Tensor:
-        """Text vectors of a batch: (B, 2, D) by class, or (2, D) of the first class for all images.
-
-        Raises:
-            InputError: If no class is set, or the index is of another type, or names a class that there is not.
-        """
-        if not len(self.text_features):
-            msg = "No class is set, so there is nothing to compare the images with; call set_classes(['...']) first."
-            raise InputError(msg)
-        if class_index is None:
-            return self.text_features[0]
-        if class_index.ndim != 1 or class_index.is_floating_point() or class_index.is_complex():
-            msg = f"class_index must hold one whole number an image, got {class_index.dtype} of {class_index.shape}."
-            raise InputError(msg)
-        # On a GPU the values are not looked at, which would wait for it.
-        outside = class_index.device.type == "cpu" and ((class_index < 0) | (class_index >= len(self.text_features)))
-        if outside is not False and bool(outside.any()):
-            msg = f"class_index must lie in 0 to {len(self.text_features) - 1}, got {class_index.tolist()}."
-            raise InputError(msg)
-        return self.text_features[class_index]
 
 
 def _views(images: torch.Tensor) -> Iterator[torch.Tensor]:

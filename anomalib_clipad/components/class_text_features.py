@@ -1,0 +1,104 @@
+"""The classes that images are compared with, and the text vectors of each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from anomalib_clipad.components.float32 import Float32Buffers
+from anomalib_clipad.components.prompts import PromptEnsemble
+from anomalib_clipad.components.text_encoder import TextEncoder
+from anomalib_clipad.errors import InputError
+
+
+class ClassTextFeatures(Float32Buffers):
+    """A network with two text vectors a class: normal and anomalous.
+
+    Args:
+        text_encoder: Encodes the prompts.
+        embed_dim: Length D of the vectors.
+        prompts: The prompts of a class.
+        rvs: Method and options by which the vectors are chosen, see :meth:`TextEncoder.text_features`.
+
+    Example:
+        >>> import open_clip
+        >>> vision = {"image_size": 32, "layers": 4, "width": 16, "head_width": 8, "patch_size": 8}
+        >>> text = {"width": 8, "heads": 1, "layers": 1}
+        >>> clip = open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text).eval()
+        >>> encoder = TextEncoder(clip, open_clip.get_tokenizer("ViT-B-32"))
+        >>> network = ClassTextFeatures(encoder, 12, PromptEnsemble.from_config("industrial"), {"method": "mean"})
+        >>> network.set_classes(["bottle", "metal nut"])
+        >>> network.select_text_features(torch.tensor([0, 1, 1])).shape
+        torch.Size([3, 2, 12])
+    """
+
+    growing = ("text_features",)
+
+    text_features: torch.Tensor
+    text_encoder: TextEncoder | None  # absent in an exported model
+
+    def __init__(self, text_encoder: TextEncoder, embed_dim: int, prompts: PromptEnsemble, rvs: dict[str, Any]) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.prompts = prompts
+        self.rvs = rvs
+        self.class_names: tuple[str, ...] = ()
+        self.register_buffer("text_features", torch.empty(0, 2, embed_dim))  # normal, anomalous
+
+    def set_classes(self, class_names: Sequence[str]) -> None:
+        """Encode the prompts of these classes; forgets what was measured on images of others.
+
+        Args:
+            class_names: What can be in the images; an image's ``class_index`` counts them from 0.
+
+        Raises:
+            InputError: If the list or a name is empty, or the model was exported, which leaves the text tower out.
+        """
+        if isinstance(class_names, str) or not class_names:
+            msg = f"class_names must be a list of at least one name, got {class_names!r}."
+            raise InputError(msg)
+        if self.text_encoder is None:
+            msg = f"This model was exported for {', '.join(self.class_names)}; export one for {', '.join(class_names)}."
+            raise InputError(msg)
+        vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
+        self.text_features = torch.stack(vectors).to(self.text_features.device)
+        self.class_names = tuple(class_names)
+        self.forget_images()
+
+    def forget_classes(self) -> None:
+        """Have no class, and nothing that was measured on images, as at the beginning."""
+        self.class_names = ()
+        self.text_features = self.text_features[:0]
+        self.forget_images()
+
+    def forget_images(self) -> None:
+        """Reset what was measured on images of the present classes."""
+
+    def get_extra_state(self) -> dict[str, list[str]]:
+        """What a state dict keeps beside tensors: the classes that the text vectors belong to."""
+        return {"class_names": list(self.class_names)}
+
+    def set_extra_state(self, state: Mapping[str, Sequence[str]]) -> None:
+        """Take over the classes of a state dict."""
+        self.class_names = tuple(state["class_names"])
+
+    def select_text_features(self, class_index: torch.Tensor | None = None) -> torch.Tensor:
+        """Text vectors of a batch: (B, 2, D) by class, or (2, D) of the first class for all images.
+
+        Raises:
+            InputError: If no class is set, or the index is of another type, or names a class that there is not.
+        """
+        if not len(self.text_features):
+            msg = "No class is set, so there is nothing to compare the images with; call set_classes(['...']) first."
+            raise InputError(msg)
+        if class_index is None:
+            return self.text_features[0]
+        if class_index.ndim != 1 or class_index.is_floating_point() or class_index.is_complex():
+            msg = f"class_index must hold one whole number an image, got {class_index.dtype} of {class_index.shape}."
+            raise InputError(msg)
+        # On a GPU the values are not looked at, which would wait for it.
+        outside = class_index.device.type == "cpu" and ((class_index < 0) | (class_index >= len(self.text_features)))
+        if outside is not False and bool(outside.any()):
+            msg = f"class_index must lie in 0 to {len(self.text_features) - 1}, got {class_index.tolist()}."
+            raise InputError(msg)
+        return self.text_features[class_index]
