@@ -5,6 +5,7 @@ from anomalib_clipad.components.class_text_features import ClassTextFeatures
 from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.float32 import Float32Buffers
+from anomalib_clipad.components.image_size import keep_shape
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.reference import ReferenceBank
 from anomalib_clipad.components.representative_vector import select_representative_vector
@@ -39,6 +40,7 @@ __all__ = [
     "conformal_threshold",
     "feature_surgery",
     "fingerprint",
+    "keep_shape",
     "load_backbone",
     "p_values",
     "select_representative_vector",

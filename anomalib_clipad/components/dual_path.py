@@ -83,13 +83,18 @@ class DualPathVisionTransformer(nn.Module):
         """Native input size (height, width) of the tower, in pixels."""
         return tuple(self.visual.image_size)
 
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return tuple(self.visual.conv1.kernel_size)
+
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Number of patches (rows, columns) of an image of ``image_size`` (height, width) pixels.
 
         Raises:
             InputError: If a side is not a multiple of the patch size, or there are more than 16384 patches.
         """
-        patch = self.visual.conv1.kernel_size
+        patch = self.patch_size
         sides = isinstance(image_size, tuple | list) and len(image_size) == 2
         if not sides or not all(isinstance(side, int) and side > 0 for side in image_size):
             msg = f"image_size must be a height and a width, whole numbers of pixels above 0, got {image_size!r}."

@@ -87,6 +87,11 @@ class CheckpointMixin(_Module):
     model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
     restored: bool = False  # whether text vectors and thresholds came with a checkpoint
+    automatic_size: bool
+
+    def restore_size(self, identity: Mapping[str, Any]) -> None:
+        """Take over the size of the input; for the models to fill."""
+        raise NotImplementedError
 
     def identify(self, visual: nn.Module) -> None:
         """Remember which CLIP this is."""
@@ -148,6 +153,8 @@ class CheckpointMixin(_Module):
             raise InputError(msg)
         own = self.identity()
         differing = [key for key in own if found.get(key) != own[key]]
+        if self.automatic_size and "image_size" in differing:
+            differing.remove("image_size")  # taken over below
         if differing and differing != ["backbone"]:  # the same weights under another name are the same CLIP
             sides = "; ".join(f"{key} was {found.get(key)!r}, here it is {own[key]!r}" for key in differing)
             msg = f"The checkpoint does not fit this model: {sides}; give the model the arguments it was made with."
@@ -158,6 +165,7 @@ class CheckpointMixin(_Module):
         except UNREADABLE as error:
             problem = f"has settings of a component that cannot be used ({type(error).__name__})"
             raise damaged(problem) from error
+        self.restore_size(found)
         names = found.get("class_names", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             problem = f"has the classes {names!r}"

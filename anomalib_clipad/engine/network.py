@@ -49,6 +49,12 @@ class ZeroShotNetwork(Protocol):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def set_image_size(self, image_size: tuple[int, int]) -> None:
+        """Take images of another size from now on."""
+
+    def keep_shape(self, height: int, width: int) -> tuple[int, int]:
+        """The image size that keeps the shape of a picture."""
+
     @property
     def map_scale(self) -> MapScale:
         """Where the map balances."""

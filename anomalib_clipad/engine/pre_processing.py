@@ -2,7 +2,7 @@
 
 import torch
 from anomalib.pre_processing import PreProcessor
-from torchvision.transforms.v2 import InterpolationMode, Resize
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
 CUBIC = -0.5  # the kernel's parameter where Pillow and torch smooth against aliasing
 
@@ -33,6 +33,24 @@ def bicubic_matrix(length: int, size: int, device: torch.device | None = None) -
     return weights / weights.sum(dim=1, keepdim=True)
 
 
+def clip_transform(
+    image_size: tuple[int, int], mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Compose:
+    """Plain bicubic resize of the whole image, so that masks line up, and CLIP's normalisation.
+
+    Args:
+        image_size: Height and width wanted.
+        mean: Mean of the channels.
+        std: Standard deviation of the channels.
+
+    Example:
+        >>> clip_transform((32, 48), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))(torch.rand(3, 50, 70)).shape
+        torch.Size([3, 32, 48])
+    """
+    resize = Resize(image_size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return Compose([resize, Normalize(mean=mean, std=std)])
+
+
 class ClipAdPreProcessor(PreProcessor):
     """anomalib's pre-processor, whose exported form resizes as the engine does.
 
@@ -50,6 +68,10 @@ class ClipAdPreProcessor(PreProcessor):
         >>> torch.allclose(ClipAdPreProcessor(resize)(images), resize(images), atol=1e-5)
         True
     """
+
+    def take(self, transform: Transform) -> None:
+        """Prepare images by another transform from now on."""
+        PreProcessor.__init__(self, transform)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Prepare images outside the engine.

@@ -23,8 +23,10 @@ from anomalib_clipad.components import (
     ReferenceFusion,
     TextEncoder,
     feature_surgery,
+    keep_shape,
     load_backbone,
 )
+from anomalib_clipad.components.image_size import parse_image_size
 from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
@@ -44,8 +46,10 @@ class ClipAdSdpModel(ClassTextFeatures):
         layers: Blocks to tap; the ends of the four stages by default.
         rvs: How the text vectors are chosen: a method's name, or a mapping of ``method`` and its options.
         prompts: Prompt ensemble, see :meth:`anomalib_clipad.components.PromptEnsemble.from_config`.
-        image_size: Side, or height and width, of the input in pixels; the tower's own by default.
-        sigma: Standard deviation of the map's smoothing in pixels; 8 at 240 pixels by default, in proportion.
+        image_size: Side, or height and width, of the input in pixels; the tower's own by default. ``auto:2.5`` keeps
+            the shape of pictures that are 2.5 times as wide as high, see :meth:`keep_shape`.
+        sigma: Standard deviation of the map's smoothing in pixels; by default 8 at 240 x 240 pixels, and in proportion
+            to the square root of the area.
         max_references: Most patches of references a tap, see :class:`anomalib_clipad.components.ReferenceBank`.
         clip: A ready open_clip model to use instead of loading one. Its vision tower is frozen and set to eval mode in
             place: give a copy of a CLIP that is still being trained.
@@ -75,7 +79,7 @@ class ClipAdSdpModel(ClassTextFeatures):
         layers: list[int] | None = None,
         rvs: str | Mapping[str, str | float] = "dbscan",
         prompts: str | Mapping[str, Sequence[str]] | PromptEnsemble = "industrial",
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | str | None = None,
         sigma: float | None = None,
         max_references: int = MOST_PATCHES,
         clip: nn.Module | None = None,
@@ -90,13 +94,10 @@ class ClipAdSdpModel(ClassTextFeatures):
         super().__init__(TextEncoder(loaded.clip, loaded.tokenizer), visual.embed_dim, ensemble, options)
         self.mean, self.std = loaded.mean, loaded.std
         self.visual = visual.eval().requires_grad_(requires_grad=False)
-        self.image_size = _pair(image_size) if image_size else self.visual.image_size
-        self.grid = self.visual.grid(self.image_size)
-        self.sigma = PAPER_SIGMA * self.image_size[0] / PAPER_SIZE if sigma is None else sigma
-        self.smoothing = GaussianSmoothing(self.image_size, self.sigma)
         self.fusion = ScoreFusion(self.map_scale)
-        self.references = ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, max_references)
         self.reference_fusion = ReferenceFusion()
+        self._sigma, self._max_references = sigma, max_references
+        self.set_image_size(parse_image_size(image_size, self.visual.image_size, self.visual.patch_size))
         if class_names:
             self.set_classes(class_names)
 
@@ -104,6 +105,27 @@ class ClipAdSdpModel(ClassTextFeatures):
     def map_scale(self) -> MapScale:
         """Twice a map value over the stages is a mean margin of cosines, a logit at CLIP's temperature."""
         return MapScale(centre=0.0, slope=LOGIT_SCALE * 2 / len(self.visual.layers))
+
+    def set_image_size(self, image_size: tuple[int, int]) -> None:
+        """Take images of another size from now on; forgets what was measured on images of the present one.
+
+        Args:
+            image_size: Height and width in pixels, multiples of the patch size.
+
+        Raises:
+            InputError: If it is none.
+        """
+        self.grid = self.visual.grid(image_size)
+        self.image_size = image_size
+        self.sigma = PAPER_SIGMA * math.sqrt(math.prod(image_size)) / PAPER_SIZE if self._sigma is None else self._sigma
+        bank = ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, self._max_references)
+        device = self.text_features.device
+        self.smoothing, self.references = GaussianSmoothing(image_size, self.sigma).to(device), bank.to(device)
+        self.forget_images()
+
+    def keep_shape(self, height: int, width: int) -> tuple[int, int]:
+        """The image size that keeps the shape of a picture, see :func:`anomalib_clipad.components.keep_shape`."""
+        return keep_shape(height, width, self.visual.image_size, self.visual.patch_size)
 
     def forget_images(self) -> None:
         """Have no score ranges and no references."""
@@ -277,11 +299,3 @@ def _views(images: torch.Tensor) -> Iterator[torch.Tensor]:
         turned = images.rot90(quarters, (-2, -1))
         yield turned
         yield turned.flip(-1)
-
-
-def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        msg = f"image_size must be one or two positive numbers of pixels, got {image_size!r}."
-        raise InputError(msg)
-    return sides

@@ -36,9 +36,11 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             method and its options, such as {method: dbscan, eps: 1.5, min_samples: 25} for VisA.
         prompts: Prompt ensemble: industrial (the paper's), medical (ours), the path of a YAML file, or a mapping with
             normal_states, anomalous_states and templates.
-        image_size: Side of the input in pixels, or height and width; multiples of the patch size.
-        sigma: Standard deviation, in pixels, of the smoothing of the anomaly map. By default 8 at 240 pixels and in
-            proportion at other sizes; the paper's VisA runs use 2.
+        image_size: Side of the input in pixels, or height and width; multiples of the patch size. auto keeps the shape
+            of the pictures at about the backbone's own number of patches, from the first one of a class, or of the
+            training data; auto:2.5 is the shape of pictures that are 2.5 times as wide as high.
+        sigma: Standard deviation, in pixels, of the smoothing of the anomaly map. By default 8 at 240 x 240 pixels and
+            in proportion to the square root of the area at other sizes; the paper's VisA runs use 2.
         k_shot: Number of normal images to compare with, drawn by the seed from the data's training split or from
             few_shot_source. With 0, none, or all of few_shot_source where it is given.
         few_shot_source: Folder of normal images to compare with.
@@ -76,7 +78,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         layers: list[int] | None = None,
         rvs: str | dict[str, Any] = "dbscan",
         prompts: str | dict[str, Any] = "industrial",
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | str | None = None,
         sigma: float | None = None,
         k_shot: int = 0,
         few_shot_source: str | Path | None = None,
