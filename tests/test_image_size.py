@@ -53,7 +53,7 @@ def run(model: ClipAdSdp, data: Path, where: Path, **arguments: object) -> tuple
     return figures, maps
 
 
-@pytest.mark.parametrize("sides", [(700, 700), (1270, 500), (500, 1270), (768, 576), (700, 3000), (100, 9000), (1, 999)])
+@pytest.mark.parametrize("sides", [(700, 700), (1270, 500), (500, 1270), (768, 576), (100, 9000), (1, 999)])
 def test_the_size_has_the_pictures_shape_and_the_towers_number_of_patches(sides: tuple[int, int]) -> None:
     height, width = keep_shape(*sides, (240, 240), (16, 16))
     assert height % 16 == width % 16 == 0

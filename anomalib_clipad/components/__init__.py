@@ -20,6 +20,7 @@ from anomalib_clipad.components.scores import (
 from anomalib_clipad.components.smoothing import GaussianSmoothing
 from anomalib_clipad.components.surgery import feature_surgery
 from anomalib_clipad.components.text_encoder import TextEncoder
+from anomalib_clipad.components.tiling import Tiling
 
 __all__ = [
     "Backbone",
@@ -37,6 +38,7 @@ __all__ = [
     "ScoreFusion",
     "Scores",
     "TextEncoder",
+    "Tiling",
     "conformal_threshold",
     "feature_surgery",
     "fingerprint",

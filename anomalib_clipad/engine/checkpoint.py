@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from anomalib_clipad.components import PromptEnsemble, fingerprint
+from anomalib_clipad.components import PromptEnsemble, ReferenceBank, fingerprint
 from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.errors import InputError
@@ -35,8 +35,9 @@ MOVED = {"model.score_min": "model.fusion.score_min", "model.score_max": "model.
 MAY_BE_NAN = ("model.fusion.", "post_processor.")
 # Of any number, and of values that earlier versions did not have.
 SCORES_OF_NORMAL = ("post_processor.good_scores", "post_processor.normal")
-GROWING = ("model.text_features", "model.references.patches", "model.references.means", *SCORES_OF_NORMAL)
-SINCE_REFERENCES = ("model.references.", "model.reference_fusion.", *SCORES_OF_NORMAL)
+BANKS = ("model.references.", "model.tile_references.")
+GROWING = ("model.text_features", *(bank + name for bank in BANKS for name in ReferenceBank.growing), *SCORES_OF_NORMAL)
+SINCE_REFERENCES = (*BANKS, "model.reference_fusion.", *SCORES_OF_NORMAL)
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
 
 
@@ -99,12 +100,14 @@ class CheckpointMixin(_Module):
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
+        tile_size = self.model.tile_size
         return {
             "model": type(self).__name__,
             "backbone": str(self.hparams.get("backbone")),
             "weights": self.fingerprint,
             "layers": list(self.model.visual.layers),
             "image_size": list(self.model.image_size),
+            "tiles": None if tile_size is None else [*tile_size, self.model.tile_overlap],
         }
 
     @classmethod

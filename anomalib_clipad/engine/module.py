@@ -182,7 +182,8 @@ class ZeroShotMixin(AutomaticSizeMixin, NormalImagesMixin, CheckpointMixin, Whol
     def _calibrated(self) -> list[nn.Module]:
         """What holds statistics of the classes at hand."""
         network = self.model
-        modules = (network.fusion, network.references, network.reference_fusion, self.post_processor)
+        references = (network.references, network.tile_references, network.reference_fusion)
+        modules = (network.fusion, *references, self.post_processor)
         return [module for module in modules if isinstance(module, nn.Module)]
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
