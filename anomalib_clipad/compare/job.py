@@ -253,6 +253,7 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> 
     """The model without measurements and pictures of its own."""
     model: Any = get_model(dict(config))
     model.evaluator = model.visualizer = model.table = None
+    model.single_pass = False  # the time of the test pass is measured
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name

@@ -1,6 +1,6 @@
 """What both models are made of: text side, image side, and where they meet."""
 
-from anomalib_clipad.components.backbone import Backbone, fingerprint, load_backbone
+from anomalib_clipad.components.backbone import Backbone, OpenedBackbone, fingerprint, load_backbone, open_backbone
 from anomalib_clipad.components.class_text_features import ClassTextFeatures
 from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
@@ -31,6 +31,7 @@ __all__ = [
     "Float32Buffers",
     "GaussianSmoothing",
     "MapScale",
+    "OpenedBackbone",
     "Prediction",
     "PromptEnsemble",
     "ReferenceBank",
@@ -44,6 +45,7 @@ __all__ = [
     "fingerprint",
     "keep_shape",
     "load_backbone",
+    "open_backbone",
     "p_values",
     "select_representative_vector",
     "text_score",

@@ -4,36 +4,33 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
-from importlib.metadata import version
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
-import torch
 from huggingface_hub import constants
-from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.pretrained import get_pretrained_cfg
 from torch import nn
 
+from anomalib_clipad.components.clip import build_clip, fill_clip
 from anomalib_clipad.components.pretrained import (
     URL_CACHE,
     WEIGHT_NAMES,
     check_names,
     find_cached,
-    first_line,
     from_tag,
     hub_file,
     tags_of,
     unreachable,
 )
 from anomalib_clipad.components.text_encoder import Tokenizer
-from anomalib_clipad.components.weights import check_tensors, is_file, looks_like_file, read_tensors
+from anomalib_clipad.components.weights import is_file, looks_like_file
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.plugin import DEMO, DEMO_FOLDER
 
-__all__ = ["Backbone", "find_cached", "fingerprint", "load_backbone"]
+__all__ = ["Backbone", "OpenedBackbone", "find_cached", "fingerprint", "load_backbone", "open_backbone"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +59,27 @@ class Backbone(NamedTuple):
     std: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD
 
 
+class OpenedBackbone(NamedTuple):
+    """A CLIP whose text tower has no weights yet.
+
+    Attributes:
+        loaded: The CLIP.
+        weights: File that the weights came from; none for random ones, with which the text tower is complete.
+        fill_text: Reads the weights of the text tower; to be called before it is used.
+
+    Example:
+        >>> opened = open_backbone(small_clip)
+        >>> before = opened.loaded.clip.token_embedding.weight.is_meta
+        >>> opened.fill_text()
+        >>> before, opened.loaded.clip.token_embedding.weight.is_meta
+        (True, False)
+    """
+
+    loaded: Backbone
+    weights: Path | None
+    fill_text: Callable[[], None]
+
+
 def load_backbone(
     backbone: str | PathLike[str] = "ViT-B-16-plus-240", pretrained: str | PathLike[str] | None = "laion400m_e31"
 ) -> Backbone:
@@ -84,9 +102,24 @@ def load_backbone(
         InputError: If the backbone is unknown, or the weights cannot be found, reached, read or fitted.
 
     Example:
+        >>> import torch
         >>> clip, tokenizer, mean, std = load_backbone(small_clip)
         >>> clip.encode_image(torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 24])
+    """
+    opened = open_backbone(backbone, pretrained)
+    opened.fill_text()
+    return opened.loaded
+
+
+def open_backbone(
+    backbone: str | PathLike[str] = "ViT-B-16-plus-240", pretrained: str | PathLike[str] | None = "laion400m_e31"
+) -> OpenedBackbone:
+    """As :func:`load_backbone`, but the text tower, which is not needed where text vectors are kept, is read later.
+
+    Example:
+        >>> open_backbone(small_clip).weights.name
+        'open_clip_model.safetensors'
     """
     backbone, pretrained = check_names(backbone, pretrained)
     folder = DEMO_FOLDER if backbone == DEMO else Path(backbone.removeprefix("local-dir:"))
@@ -101,8 +134,8 @@ def load_backbone(
     if is_folder or backbone.startswith(HUB_PREFIX):
         config, found = _from_folder(folder) if is_folder else _from_hub(backbone)
         preprocess = config["preprocess_cfg"]
-        clip = _build(backbone, config["model_cfg"])
         weights = weights or found
+        clip = build_clip(backbone, config["model_cfg"], empty=weights is not None)
         tokenizer = open_clip.get_tokenizer("ViT-B-32", **_tokenizer_options(backbone, config["model_cfg"]))
         trusted = False
     else:
@@ -116,7 +149,8 @@ def load_backbone(
         preprocess = get_pretrained_cfg(backbone, tag) if tag else {}
         # Older open_clip versions say so only in the code that loads OpenAI's weights.
         openai = tag is not None and tag.lower() == "openai"
-        clip = _build(backbone, model_config, quick_gelu=openai or bool(preprocess.get("quick_gelu")))
+        quick_gelu = openai or bool(preprocess.get("quick_gelu"))
+        clip = build_clip(backbone, model_config, quick_gelu, empty=pretrained is not None)
         if pretrained and weights is None:
             weights = from_tag(backbone, pretrained)
         # open_clip compares downloads from a URL with their checksum.
@@ -129,14 +163,15 @@ def load_backbone(
             "Give pretrained a tag or a file.",
             backbone,
         )
-    else:
-        _load_weights(clip, weights, trusted)
-    return Backbone(
-        clip.eval().requires_grad_(requires_grad=False),
-        tokenizer,
-        _channels(preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN),
-        _channels(preprocess.get("std") or open_clip.OPENAI_DATASET_STD),
-    )
+    clip.eval().requires_grad_(requires_grad=False)
+    fill_text = _nothing if weights is None else fill_clip(clip, weights, trusted)
+    mean = _channels(preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN)
+    std = _channels(preprocess.get("std") or open_clip.OPENAI_DATASET_STD)
+    return OpenedBackbone(Backbone(clip, tokenizer, mean, std), weights, fill_text)
+
+
+def _nothing() -> None:
+    """Random weights are complete."""
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -175,30 +210,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError):  # a name that the file system does not accept
         return False
-
-
-def _build(backbone: str, config: dict[str, Any], quick_gelu: bool = False) -> nn.Module:
-    if "multimodal_cfg" in config:
-        msg = f"backbone {backbone} is a captioning model; the dual path needs a plain CLIP such as ViT-B-16-plus-240."
-        raise InputError(msg)
-    config = {**config, "text_cfg": {**config["text_cfg"]}}
-    foreign_text = "hf_model_name" in config["text_cfg"]
-    if foreign_text:  # its weights come with the CLIP's
-        config["text_cfg"]["hf_model_pretrained"] = False
-    custom_text = config.pop("custom_text", False) or foreign_text
-    if quick_gelu:
-        config["quick_gelu"] = True
-    try:
-        # Random weights that are kept are the same in every process, so a checkpoint made with them fits.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)
-    except Exception as error:  # a configuration of wrong values fails anywhere in open_clip, timm and torch
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        msg = (
-            f"open_clip {version('open_clip_torch')} cannot build backbone {backbone} ({reason}); check its model_cfg."
-        )
-        raise InputError(msg) from error
 
 
 def _tokenizer_options(backbone: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -258,28 +269,3 @@ def _read_config(path: Path) -> dict[str, Any]:
             msg = f"{path} has {values!r} as {key} of its preprocess_cfg; give three finite numbers, std above 0."
             raise InputError(msg)
     return config
-
-
-def _load_weights(clip: nn.Module, path: Path, trusted: bool) -> None:
-    if trusted and (script := _torchscript(path)) is not None:
-        state = script
-    else:
-        state, _ = read_tensors(path, "weights file")
-    state = state["state_dict"] if isinstance(state.get("state_dict"), Mapping) else state
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
-    state.pop("text.transformer.embeddings.position_ids", None)
-    if hasattr(clip, "text"):
-        state = convert_to_custom_text_state_dict(state)
-    advice = "choose the backbone that they were saved from"
-    clip.load_state_dict(check_tensors(state, clip.state_dict(), f"The weights {path}", advice))
-
-
-def _torchscript(path: Path) -> dict[str, Any] | None:
-    """State dict of a TorchScript file, as OpenAI published its weights; nothing if it is not one."""
-    try:
-        content = torch.jit.load(path, map_location="cpu").state_dict()
-    except RuntimeError:
-        return None
-    return {
-        key: value for key, value in content.items() if key not in {"input_resolution", "context_length", "vocab_size"}
-    }

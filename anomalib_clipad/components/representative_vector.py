@@ -1,6 +1,6 @@
 """Representative Vector Selection (RVS): one unit vector that stands for a cloud of prompt embeddings.
 
-CLIP-AD (arXiv 2311.00453), section 3.1.
+CLIP-AD (arXiv 2311.00453), section 3.1. scikit-learn is imported where it is used: vectors from the cache need none.
 """
 
 import logging
@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import DBSCAN, MeanShift
-from sklearn.decomposition import PCA
-from sklearn.neighbors import KernelDensity
 from torch.nn import functional as F
 
 from anomalib_clipad.errors import InputError
@@ -122,22 +119,30 @@ def _mean(cloud: np.ndarray) -> np.ndarray:
 
 
 def _pca(cloud: np.ndarray) -> np.ndarray:
+    from sklearn.decomposition import PCA
+
     # One component along every side: a direct decomposition, never scikit-learn's randomised one.
     direction = PCA(n_components=1, svd_solver="full").fit_transform(cloud.T)[:, 0]
     return direction if direction @ cloud.mean(axis=0) >= 0 else -direction
 
 
 def _kde(cloud: np.ndarray, bandwidth: float) -> np.ndarray:
+    from sklearn.neighbors import KernelDensity
+
     log_density = KernelDensity(kernel="gaussian", bandwidth=bandwidth).fit(cloud).score_samples(cloud)
     # The result is normalised, so the constant, which overflows in many dimensions, can be left out.
     return np.exp(log_density - log_density.max()) @ cloud
 
 
 def _dbscan(cloud: np.ndarray, eps: float, min_samples: float) -> np.ndarray:
+    from sklearn.cluster import DBSCAN
+
     return _largest_cluster(cloud, DBSCAN(eps=eps, min_samples=int(min_samples)).fit(cloud).labels_)
 
 
 def _mean_shift(cloud: np.ndarray, bandwidth: float) -> np.ndarray:
+    from sklearn.cluster import MeanShift
+
     return _largest_cluster(cloud, MeanShift(bandwidth=bandwidth).fit(cloud).labels_)
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from anomalib_clipad.components.prompts import PromptEnsemble
-from anomalib_clipad.components.representative_vector import select_representative_vector
+from anomalib_clipad.components.representative_vector import check_rvs, select_representative_vector
+from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.errors import InputError
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -28,6 +29,8 @@ class TextEncoder:
         clip: An open_clip model.
         tokenizer: The model's tokenizer, from ``open_clip.get_tokenizer``.
         batch_size: Most prompts encoded at once, which bounds the memory.
+        fill_text: Called before the tower is used, see :class:`anomalib_clipad.components.Backbone`.
+        cache: Where :meth:`text_features` looks first.
 
     Raises:
         InputError: If an argument is of another kind.
@@ -42,7 +45,14 @@ class TextEncoder:
         torch.Size([2, 12])
     """
 
-    def __init__(self, clip: CLIP | CustomTextCLIP, tokenizer: Tokenizer, batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        clip: CLIP | CustomTextCLIP,
+        tokenizer: Tokenizer,
+        batch_size: int = 256,
+        fill_text: Callable[[], None] | None = None,
+        cache: TextVectorCache | None = None,
+    ) -> None:
         if not isinstance(clip, nn.Module) or not hasattr(clip, "encode_text") or not hasattr(clip, "logit_scale"):
             msg = f"clip must be a CLIP of open_clip with its text tower, got a {type(clip).__name__}."
             raise InputError(msg)
@@ -55,6 +65,8 @@ class TextEncoder:
         self.clip: CLIP | CustomTextCLIP = clip
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.fill_text = fill_text
+        self.cache = cache
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> torch.Tensor:
@@ -63,6 +75,8 @@ class TextEncoder:
         Raises:
             InputError: If there are no prompts, or the tokenizer or the weights do not serve them.
         """
+        if self.fill_text is not None:
+            self.fill_text()
         tower = getattr(self.clip, "text", self.clip)
         can_be_cut = _can_be_cut(self.clip, tower)
         tokens = self._tokens(prompts, tower if can_be_cut else None)
@@ -121,8 +135,15 @@ class TextEncoder:
         if not isinstance(ensemble, PromptEnsemble):
             msg = f"ensemble must be a PromptEnsemble, got {ensemble!r}; make one with PromptEnsemble.from_config."
             raise InputError(msg)
-        clouds = [self.encode(prompts) for prompts in ensemble.prompts(class_name)]
-        return torch.stack([select_representative_vector(cloud, method, **options) for cloud in clouds])
+        prompts = ensemble.prompts(class_name)
+        source = {"prompts": prompts, "rvs": {"method": method, **check_rvs(method, **options)}}
+        vectors = None if self.cache is None else self.cache.read(source)
+        if vectors is None:
+            clouds = [self.encode(sentences) for sentences in prompts]
+            vectors = torch.stack([select_representative_vector(cloud, method, **options) for cloud in clouds])
+            if self.cache is not None:
+                self.cache.write(source, vectors)
+        return vectors.to(self.clip.logit_scale.device)
 
 
 def _finite(vectors: torch.Tensor) -> torch.Tensor:

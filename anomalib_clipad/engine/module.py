@@ -17,6 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
+from anomalib_clipad.components import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
@@ -27,6 +28,7 @@ from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 FALLBACK_CLASS = "object"
 
 
-class ZeroShotMixin(AutomaticSizeMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
+class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
     class_name: str | None
@@ -95,12 +97,14 @@ class ZeroShotMixin(AutomaticSizeMixin, NormalImagesMixin, CheckpointMixin, Whol
         few_shot_source: str | Path | None = None,
         false_alarm_rate: float | None = None,
         augment_references: bool = False,
+        single_pass: bool = True,
     ) -> None:
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
         self.table = PredictionTable()
         self.class_name = class_name
         self.adopt_size(self.hparams.get("image_size"))
+        self.adopt_single_pass(single_pass)
         self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
         self._blank = [_copy(module.state_dict()) for module in self._calibrated()]
         self._statistics = {}
@@ -131,6 +135,7 @@ class ZeroShotMixin(AutomaticSizeMixin, NormalImagesMixin, CheckpointMixin, Whol
         datamodule = datamodule_of(self.trainer)
         self.choose_class(self.class_name or _class_of(datamodule))
         self.prepare_normal_images(datamodule)
+        self.begin_pass(datamodule, self._normal_key)
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
@@ -211,14 +216,19 @@ class ZeroShotMixin(AutomaticSizeMixin, NormalImagesMixin, CheckpointMixin, Whol
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> ZeroShotBatch:  # type: ignore[override]  # a batch is what anomalib returns too
         """Score a batch."""
         del batch_idx, dataloader_idx
-        ours, network = ZeroShotBatch.of(cast("ImageBatch", batch)), self.model
-        if ours.features is None:
-            scores = network.scores(cast("torch.Tensor", ours.image), ours.class_index)
-        else:
-            scores = network.scores_of(ours.features, ours.class_index)
-            ours.features = None  # not to be drawn, nor kept with the predictions
-        ours.update(**network.predictions(scores)._asdict())
+        ours = ZeroShotBatch.of(cast("ImageBatch", batch))
+        scores = self.kept_scores(ours)
+        if scores is None:
+            scores = self._scores(ours)
+            self.keep_scores(ours, scores)
+        ours.features = None  # not to be drawn, nor kept with the predictions
+        ours.update(**self.model.predictions(scores)._asdict())
         return ours
+
+    def _scores(self, batch: ZeroShotBatch) -> Scores:
+        if batch.features is not None:
+            return self.model.scores_of(batch.features, batch.class_index)
+        return self.model.scores(cast("torch.Tensor", batch.image), batch.class_index)
 
     def on_validation_batch_end(
         self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0

@@ -51,6 +51,8 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         false_alarm_rate: Share of normal images that may be called anomalous, such as 0.05. The thresholds are then set
             from the scores of normal images alone: those of the training split, of few_shot_source and of the
             validation data.
+        single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
+            figures are the same, in half the time.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
         evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
@@ -85,6 +87,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         augment_references: bool = False,
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
+        single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -104,4 +107,4 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
             max_references=max_references,
         )
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
-        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references)
+        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)

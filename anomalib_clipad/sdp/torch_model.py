@@ -17,6 +17,7 @@ from anomalib_clipad.components import (
     Backbone,
     DualPathFeatures,
     DualPathVisionTransformer,
+    OpenedBackbone,
     PromptEnsemble,
     ReferenceBank,
     ReferenceFusion,
@@ -24,12 +25,13 @@ from anomalib_clipad.components import (
     Tiling,
     feature_surgery,
     keep_shape,
-    load_backbone,
+    open_backbone,
 )
 from anomalib_clipad.components.image_size import parse_image_size
 from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
+from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.components.tiling import ViewScores, check_tiles
 from anomalib_clipad.errors import InputError
@@ -96,11 +98,15 @@ class ClipAdSdpModel(FewShotNetwork):
     ) -> None:
         options, ensemble = rvs_options(rvs), PromptEnsemble.from_config(prompts)
         if clip is None:
-            loaded = load_backbone(backbone, pretrained)
+            opened = open_backbone(backbone, pretrained)
         else:
-            loaded = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
+            ready = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
+            opened = OpenedBackbone(ready, None, lambda: None)
+        loaded = opened.loaded
         visual = DualPathVisionTransformer(cast("nn.Module", loaded.clip.visual), layers)
-        super().__init__(TextEncoder(loaded.clip, loaded.tokenizer), visual.embed_dim, ensemble, options)
+        cache = None if opened.weights is None else TextVectorCache(opened.weights)
+        encoder = TextEncoder(loaded.clip, loaded.tokenizer, fill_text=opened.fill_text, cache=cache)
+        super().__init__(encoder, visual.embed_dim, ensemble, options)
         self.mean, self.std = loaded.mean, loaded.std
         self.visual = visual.eval().requires_grad_(requires_grad=False)
         self.fusion = ScoreFusion(self.map_scale)
@@ -132,11 +138,12 @@ class ClipAdSdpModel(FewShotNetwork):
         self.grid = self.visual.grid(view_size, "tile_size" if self.tile_size else "image_size")
         self.image_size, self.view_size = image_size, view_size
         self.sigma = PAPER_SIGMA * math.sqrt(math.prod(view_size)) / PAPER_SIZE if self._sigma is None else self._sigma
-        self.tiling = Tiling(image_size, view_size, self.tile_overlap, self.sigma)
+        device = self.text_features.device
+        self.tiling = Tiling(image_size, view_size, self.tile_overlap, self.sigma).to(device)
         self.references, self.tile_references = (
-            ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, self._max_references) for _ in range(2)
+            ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, self._max_references).to(device)
+            for _ in range(2)
         )
-        self.to(self.text_features.device)
         self.forget_images()
 
     def keep_shape(self, height: int, width: int) -> tuple[int, int]:

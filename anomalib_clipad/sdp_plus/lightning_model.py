@@ -55,6 +55,8 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             from the scores of normal images alone: those of the training split, of few_shot_source and of the
             validation data.
         lr: Learning rate of Adam.
+        single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
+            figures are the same, in half the time.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
         evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
@@ -94,6 +96,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
         lr: float = 1e-4,
+        single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -115,7 +118,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         if evaluator is True and adapter is None:
             evaluator = paper_evaluator(validate=True)
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
-        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references)
+        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)
         trained_on = (
             load_adapter(model.adapter, adapter, self.fingerprint, model.visual.layers) if adapter is not None else None
         )

@@ -1,0 +1,114 @@
+"""Text vectors that were computed before, kept in the user's cache folder."""
+
+import hashlib
+import json
+import logging
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from anomalib_clipad.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "ANOMALIB_CLIPAD_CACHE"  # of the environment: another folder, or 0 for no cache
+CHUNK = 2**20  # bytes of the weights that are read at once
+FORMAT = 1  # to be raised when the same prompts give other vectors
+
+
+class TextVectorCache:
+    """Keeps the text vectors of one file of weights.
+
+    Vectors are found by the SHA-256 of the weights and of all that they were made from. The weights are read in whole
+    for it once; their digest is kept with size and time of the file's last change. Files are replaced at once, so
+    several processes can share the folder, and one that is damaged counts as missing. The environment variable
+    ``ANOMALIB_CLIPAD_CACHE`` names another folder, or turns the cache off with ``0``.
+
+    Args:
+        weights: File of the CLIP's weights.
+
+    Example:
+        >>> _ = Path("weights.pt").write_bytes(b"weights")
+        >>> cache = TextVectorCache(Path("weights.pt"))
+        >>> cache.write({"prompts": ["a nut"]}, torch.ones(2, 4))
+        >>> cache.read({"prompts": ["a nut"]}).shape, cache.read({"prompts": ["a bolt"]})
+        (torch.Size([2, 4]), None)
+    """
+
+    def __init__(self, weights: Path) -> None:
+        self.weights = weights
+
+    def read(self, source: dict[str, Any]) -> torch.Tensor | None:
+        """The vectors made from ``source``, (2, D), or nothing where they are not kept."""
+        if (folder := cache_folder()) is None:
+            return None
+        try:
+            with safe_open(self._file(folder, source), framework="pt") as file:
+                vectors = file.get_tensor("text_features")
+                digest = (file.metadata() or {}).get("sha256")
+        except (OSError, SafetensorError):
+            return None
+        return vectors if digest == _digest(vectors) else None
+
+    def write(self, source: dict[str, Any], vectors: torch.Tensor) -> None:
+        """Keep the vectors made from ``source``; a folder that cannot be written to is not an error."""
+        if (folder := cache_folder()) is None:
+            return
+        vectors = vectors.detach().cpu().contiguous()
+        try:
+            _write(self._file(folder, source), save({"text_features": vectors}, {"sha256": _digest(vectors)}))
+        except OSError as error:
+            logger.info("Text vectors are not kept in %s (%s).", folder, error)
+
+    def _file(self, folder: Path, source: dict[str, Any]) -> Path:
+        made_by = {"format": FORMAT, "open_clip": version("open_clip_torch"), "weights": self._weights_digest(folder)}
+        text = json.dumps({**source, **made_by}, sort_keys=True)
+        return folder / "text" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+
+    def _weights_digest(self, folder: Path) -> str:
+        path = self.weights.resolve()
+        state = path.stat()
+        known = {"size": state.st_size, "modified": state.st_mtime_ns}
+        file = folder / "weights" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+        try:
+            kept = json.loads(file.read_bytes())
+            if {key: kept[key] for key in known} == known:
+                return str(kept["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        digest = hashlib.sha256()
+        with path.open("rb") as content:
+            while part := content.read(CHUNK):
+                digest.update(part)
+        _write(file, json.dumps({**known, "sha256": digest.hexdigest()}).encode())
+        return digest.hexdigest()
+
+
+def cache_folder() -> Path | None:
+    """Where text vectors are kept, by default ``anomalib-clipad`` in the user's cache folder; nothing for no cache.
+
+    Example:
+        >>> import os
+        >>> os.environ["ANOMALIB_CLIPAD_CACHE"] = "kept"
+        >>> cache_folder()
+        PosixPath('kept')
+    """
+    chosen = os.environ.get(VARIABLE)
+    if chosen == "0":
+        return None
+    return Path(chosen) if chosen else user_cache_path("anomalib-clipad", appauthor=False)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def _digest(vectors: torch.Tensor) -> str:
+    return hashlib.sha256(repr(vectors.shape).encode() + vectors.numpy().tobytes()).hexdigest()
