@@ -30,10 +30,27 @@ LOOPS = {
 
 def datamodule_of(trainer: Trainer) -> AnomalibDataModule | None:
     """The data module of the present run; ``trainer.datamodule`` may be that of an earlier one."""
-    if trainer.state.fn is None:
-        return None
-    source = getattr(trainer, LOOPS[trainer.state.fn])._data_source.instance
+    source = _source_of(trainer)
     return source if isinstance(source, AnomalibDataModule) else None
+
+
+def datasets_of(trainer: Trainer) -> list[Any]:
+    """The data sets of the present run, normal training images first."""
+    source = _source_of(trainer)
+    if isinstance(source, AnomalibDataModule):
+        return datasets_in(source)
+    loaders = source if isinstance(source, list | tuple) else [source]
+    return [loader.dataset for loader in loaders if isinstance(loader, DataLoader)]
+
+
+def datasets_in(datamodule: AnomalibDataModule) -> list[Any]:
+    """The data sets of a data module that was set up, normal training images first."""
+    subsets = (getattr(datamodule, name, None) for name in ("train_data", "val_data", "test_data"))
+    return [subset for subset in subsets if subset is not None]
+
+
+def _source_of(trainer: Trainer) -> object:
+    return None if trainer.state.fn is None else getattr(trainer, LOOPS[trainer.state.fn])._data_source.instance
 
 
 def drop_components_of_other_models(trainer: Trainer) -> None:
