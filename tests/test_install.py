@@ -71,11 +71,16 @@ def python(environment: Path, wheel: Path) -> Path:
     return install(environment, wheel)
 
 
-def test_the_wheel_is_found_by_its_short_name(python: Path, environment: Path, small_clip: str) -> None:
+def test_the_wheel_is_found_by_its_short_name_and_has_the_template_of_the_page(
+    python: Path, environment: Path, small_clip: str
+) -> None:
     build = f"get_model('clip_ad_sdp', backbone={small_clip!r}); import anomalib_clipad as ours; print(ours.__file__)"
-    done = run(python, "-c", SHORT_NAME.format(build))
+    page = f"from anomalib_clipad.page import write_page; print(write_page(Path({str(python.parent)!r}), '', []))"
+    done = run(python, "-c", SHORT_NAME.format(f"{build}; from pathlib import Path; {page}"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().startswith(str(environment))
+    found, written = done.stdout.split()
+    assert found.startswith(str(environment))
+    assert Path(written) == python.parent / "report.html"
 
 
 def test_it_can_be_turned_off(python: Path) -> None:
