@@ -20,6 +20,7 @@ from anomalib_clipad import InputError
 from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator, known, write_report
 from anomalib_clipad.compare.pipeline import preflight
 from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
+from anomalib_clipad.compare.scale import Scales
 
 from .conftest import ANOMALIB, LAYOUT, SMALL_CONFIG, make_clip, start_command, write_category
 from .test_metrics import aupro, best_f1
@@ -117,9 +118,9 @@ def test_pixel_figures_are_those_of_the_files_masks(data_root: Path, small_clip:
     kept: list[CompareEvaluator] = []
 
     class Keeping(CompareJob):
-        def _keep(self, evaluator: CompareEvaluator) -> None:
+        def _keep(self, evaluator: CompareEvaluator, scales: Scales) -> None:
             kept.append(evaluator)
-            super()._keep(evaluator)
+            super()._keep(evaluator, scales)
 
     config = configuration(data_root, [{**SDP, "init_args": {"backbone": small_clip}}], ("gear",))["compare"]
     row = Keeping(config["models"][0], config["data"][0], None, 0, 64, tmp_path, "cpu").run()
@@ -154,7 +155,7 @@ def test_a_failed_job_costs_only_itself_and_is_told(compared: tuple[Path, str]) 
 def test_the_screen_shows_a_bar_and_not_every_step(compared: tuple[Path, str]) -> None:
     _, shown = compared
     assert "8/8" in shown
-    assert re.search(r"SDP +│ +[\d.]+ +│", shown)
+    assert re.search(r"SDP +[\d.]+ +[\d.]+ ", shown)
     assert "Running validation" not in shown.split("8 jobs", 1)[1]
 
 

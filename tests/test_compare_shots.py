@@ -16,10 +16,10 @@ from PIL import Image
 from anomalib_clipad import ClipAdSdp, InputError
 from anomalib_clipad.compare import Compare, CompareJob, CompareJobGenerator, write_report
 from anomalib_clipad.compare.known import towers_are_sequence_first
-from anomalib_clipad.compare.pictures import _over_seeds
+from anomalib_clipad.compare.metric_figures import _over_seeds
 from anomalib_clipad.compare.pipeline import preflight
-from anomalib_clipad.compare.report import mean_table
 from anomalib_clipad.compare.shots import take
+from anomalib_clipad.compare.tables import mean_table
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.engine.normal_images import NormalImages
 

@@ -1,11 +1,13 @@
 """Where validation and test read the same images, each is scored once, and no figure changes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.transforms.v2 import RandomHorizontalFlip
 
+from anomalib_clipad.compare.evaluator import CompareEvaluator
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.sdp_plus import ClipAdSdpPlus
 
@@ -94,3 +96,12 @@ def test_more_images_than_there_is_room_for_are_scored_twice(
     assert len(scored) == 2 * IMAGES - 3  # one batch of three has room
     monkeypatch.undo()
     assert once == figures("ClipAdSdp", small_clip, root, tmp_path / "again")
+
+
+def test_a_comparison_counts_the_time_of_the_pass_that_scored() -> None:
+    evaluator = CompareEvaluator(map_size=32)
+    evaluator.paths, evaluator.seconds = ["nut.png"] * 8, 1.0
+    evaluator.validated, evaluator.validation_seconds = 8, 3.0
+    assert evaluator.images_per_second(SimpleNamespace(served=8)) == 2
+    assert evaluator.images_per_second(SimpleNamespace(served=4)) == 3
+    assert evaluator.images_per_second(object()) == 8

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from anomalib.data import ImageBatch
 from anomalib.data.utils import read_mask
@@ -14,25 +13,25 @@ from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn import functional as F
 
-from anomalib_clipad.compare.examples import choose_examples
+from anomalib_clipad.compare.map_stream import MapStream
 from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, paper_metrics
 from anomalib_clipad.errors import InputError
 
 # The paper's seven, and how they are called in tables and pictures.
 METRICS = {metric.name: metric.name.replace("_", " ").replace("F1Max", "F1-max") for metric in paper_metrics()}
-SAMPLED = 4096  # pixels of every map that the colour scale of the pictures is made of
 
 
 class CompareEvaluator(Evaluator):
     """The seven metrics on a model's own scores and on maps of one size, whatever the model's input size is.
 
     Goes to the trainer as a callback, before the model's own: so it sees scores that no post-processor has touched.
-    Masks are read from their files, not from what the model's transform made of them. Beside the metrics' own state it
-    keeps some pixels of every map, and the whole maps of the examples only.
+    Masks are read from their files, not from what the model's transform made of them. Maps and masks are kept in a
+    temporary file.
 
     Args:
         map_size: Side of the maps and masks that are measured.
         metrics: Names of those to measure, all seven by default.
+        folder: Where the temporary file is; by default where the system keeps them.
 
     Raises:
         InputError: If there is no metric of a name.
@@ -42,7 +41,7 @@ class CompareEvaluator(Evaluator):
         ['image_AUROC', 'image_F1Max', 'image_AP']
     """
 
-    def __init__(self, map_size: int, metrics: Sequence[str] = tuple(METRICS)) -> None:
+    def __init__(self, map_size: int, metrics: Sequence[str] = tuple(METRICS), folder: Path | None = None) -> None:
         if unknown := [name for name in metrics if name not in METRICS]:
             msg = f"metrics takes any of {', '.join(METRICS)}, got {', '.join(map(str, unknown))}."
             raise InputError(msg)
@@ -55,29 +54,26 @@ class CompareEvaluator(Evaluator):
         self.paths: list[str] = []
         self.labels: list[int | None] = []
         self.scores: list[float] = []
-        self.chosen: set[str] = set()
-        self.maps: dict[str, np.ndarray] = {}
-        self.masks: dict[str, np.ndarray] = {}
-        self.sampled: list[np.ndarray] = []
+        self.map_limits: list[tuple[float, float]] = []  # lowest and largest value of each map
+        self.stream = MapStream(map_size, folder)
         self.figures: dict[str, float] = {}
-        self.seconds = 0.0
+        self.seconds = self.validation_seconds = 0.0
+        self.validated = 0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the examples, and look the masks' files up; a batch loses them when it begins with a normal image."""
+        """Look the masks' files up; a batch loses them when it begins with a normal image."""
         del pl_module
         samples = getattr(trainer, "datamodule").test_data.samples  # noqa: B009 - Lightning does not declare it
         self.all_paths = [str(path) for path in samples.image_path]
-        self.chosen = set(choose_examples(self.all_paths, samples.label_index.tolist()))
         if "mask_path" in samples:
             self.mask_paths = dict(zip(self.all_paths, map(str, samples.mask_path), strict=True))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the examples among images without labels."""
+        """Look the images up."""
         del pl_module
         loaders: Any = trainer.predict_dataloaders
         dataset = (loaders[0] if isinstance(loaders, list) else loaders).dataset
         self.all_paths = [str(path) for path in dataset.image_filenames]
-        self.chosen = set(choose_examples(self.all_paths, [None] * len(self.all_paths)))
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
@@ -114,20 +110,37 @@ class CompareEvaluator(Evaluator):
         self.paths += paths
         self.labels += [None] * len(maps) if labels is None else labels.int().tolist()
         self.scores += scores.tolist()
-        step = max(1, maps[0].numel() // SAMPLED)
-        self.sampled += list(maps.flatten(1)[:, ::step].half().numpy().copy())
-        for index, path in enumerate(paths):
-            if path in self.chosen:
-                self.maps[path] = maps[index].half().numpy()
-                if masks is not None:
-                    self.masks[path] = masks[index].numpy()
+        self.map_limits += list(zip(maps.amin(dim=(-2, -1)).tolist(), maps.amax(dim=(-2, -1)).tolist(), strict=True))
+        self.stream.append(maps, masks)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the figures; the trainer could not log them, since they are no part of the model."""
         del trainer, pl_module
         self.figures = {metric.name: float(metric.compute()) for metric in self.measured if metric.update_called}
 
-    on_predict_batch_start = on_test_batch_start
+    on_predict_batch_start = on_validation_batch_start = on_test_batch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: ImageBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop the clock, in case the test pass takes the scores over."""
+        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        self.validation_seconds += now() - self._start
+        self.validated += len(torch.as_tensor(batch.image))
+
+    def images_per_second(self, model: object) -> float:
+        """Images that went through the model in a second; in validation, too, where its scores serve the test pass."""
+        served = getattr(model, "served", 0)
+        images, seconds = len(self.paths), self.seconds
+        if served:
+            images, seconds = images + self.validated - served, seconds + self.validation_seconds
+        return images / max(seconds, 1e-9)
 
     def on_predict_batch_end(
         self,

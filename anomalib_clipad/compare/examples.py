@@ -1,4 +1,4 @@
-"""Which images of a job are shown, and what is kept of them."""
+"""Which images of a job are shown, and what they are called."""
 
 import os
 from collections.abc import Sequence
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-EXAMPLES = 6  # images kept of every job
+from anomalib_clipad.pictures.text import printable
+
+EXAMPLES = 6  # images shown of every category
 NORMAL = 2  # of them, where there are labels
 
 
@@ -28,6 +30,29 @@ def choose_examples(paths: Sequence[str], labels: Sequence[int | None]) -> list[
     others = [path for path, label in zip(paths, labels, strict=True) if label != 0]
     chosen = _evenly_by_folder(normal, min(NORMAL, EXAMPLES) if others else EXAMPLES)
     return _evenly_by_folder(others, EXAMPLES - len(chosen)) + chosen
+
+
+def extremes(
+    paths: Sequence[str], labels: Sequence[int | None], scores: Sequence[float]
+) -> tuple[str | None, str | None]:
+    """The worst good image and the best-hidden defect of a job.
+
+    Args:
+        paths: All images.
+        labels: 0 for a normal image, 1 for an anomalous one, None without labels.
+        scores: Their scores.
+
+    Returns:
+        The good image of the largest score, and the anomalous image of the lowest; None where there is none.
+
+    Example:
+        >>> extremes(["a.png", "b.png", "c.png", "d.png"], [0, 0, 1, 1], [0.1, 0.7, 0.4, 0.9])
+        ('b.png', 'c.png')
+    """
+    ordered = sorted(zip(scores, paths, labels, strict=True))
+    good = [path for _, path, label in ordered if label == 0]
+    bad = [path for _, path, label in ordered if label == 1]
+    return (good[-1] if good else None), (bad[0] if bad else None)
 
 
 def _evenly_by_folder(paths: Sequence[str], count: int) -> list[str]:
@@ -63,25 +88,3 @@ def short_names(paths: Sequence[str]) -> list[str]:
     except ValueError:  # several drives, or relative and absolute ones
         return [printable(path) for path in paths]
     return [printable(Path(os.path.relpath(path, common or ".")).as_posix()) for path in paths]
-
-
-def printable(text: str) -> str:
-    r"""A text that any screen, table and picture takes: one line, without control characters or broken bytes.
-
-    Example:
-        >>> printable("metal nut"), printable("two\nlines")
-        ('metal nut', 'two\\nlines')
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def shortened(text: str, length: int = 40) -> str:
-    """A text with its middle left out where it is longer than ``length``.
-
-    Example:
-        >>> shortened("a" * 300, 9)
-        'aaaa…aaaa'
-    """
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 2]}…{text[-((length - 1) // 2) :]}"

@@ -6,7 +6,7 @@ import logging
 import platform
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,14 +23,19 @@ from lightning.pytorch import seed_everything
 
 from anomalib_clipad.compare import job_files
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
-from anomalib_clipad.compare.examples import printable
+from anomalib_clipad.compare.examples import choose_examples, extremes
 from anomalib_clipad.compare.fingerprint import files_named, fingerprint
+from anomalib_clipad.compare.heat_layers import heat_layers
+from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
+from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
+from anomalib_clipad.compare.scale import Scales, choose_scales
 from anomalib_clipad.compare.settings import short_class
 from anomalib_clipad.compare.shots import take
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import slug
+from anomalib_clipad.pictures.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +87,8 @@ class CompareJob(Job):
         self.metrics = list(metrics)
         self.shots = shots
         self.family = printable(family or self.model_name)
+        self.tell: Tell = silent  # whoever shows what the job does
+        self.resumed = False  # whether the result was there before
 
     @property
     def key(self) -> str:
@@ -129,6 +136,7 @@ class CompareJob(Job):
     def run(self, task_id: int | None = None) -> dict[str, Any]:
         """Run the job, or take the result that is there; a failure becomes a row that says so."""
         if (done := self.result()) is not None:
+            self.resumed = True
             return done
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -163,27 +171,32 @@ class CompareJob(Job):
             "key": self.key,
             **({} if self.shots is None else {"shots": self.shots, "family": self.family}),
             "class": short_class(self.model_config["class_path"]),
+            **({"not_for_use": reason} if (reason := not_for_use(self.model_config)) else {}),
         }
 
     @hide_output
     def _measure(self, task_id: int | None) -> dict[str, Any]:
         seed_everything(self.seed, verbose=False)
         memory = AddedMemory(self.accelerator)
+        self.tell("reading the data", 0, None)
         data = build_datamodule(self.data_config) if self.data_config else None
         if data is not None:
             data.prepare_data()
         inputs = self.inputs()  # before the first image is read, so that a later change is seen
         if data is not None and self.shots is not None:
             take(data, self.shots, self.seed)
+        self.tell("loading the model", 0, None)
         model: Any = _plain_model(self.model_config, data)
-        evaluator = CompareEvaluator(self.map_size, self.metrics)
+        evaluator = CompareEvaluator(self.map_size, self.metrics, self.file.parent)
         row: dict[str, Any] = {}
-        with self._engine(evaluator, task_id) as engine:
+        with closing(evaluator.stream), self._engine(evaluator, task_id) as engine:
             start = now()
             if model.learning_type == LearningType.ONE_CLASS:
+                self.tell("training", 0, None)
                 engine.fit(model, datamodule=data)
             row["fit_seconds"] = now() - start
             start = now()
+            self.tell("preparing the model", 0, None)
             if self.images:
                 model.val_dataloader = _no_loaders
                 engine.predict(model, data_path=self.images, return_predictions=False)
@@ -191,20 +204,22 @@ class CompareJob(Job):
                 engine.test(model, datamodule=data, verbose=False)
                 row |= evaluator.figures
             row["test_seconds"] = now() - start
-        if not evaluator.paths:
-            msg = f"No image of {self.category} could be read; look at the folder that the configuration names."
-            raise InputError(msg)
-        row |= {
-            "images": len(evaluator.paths),
-            "skipped": evaluator.skipped,
-            "images_per_second": len(evaluator.paths) / max(evaluator.seconds, 1e-9),
-            "peak_memory_mib": memory.peak_mib(),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "device": torch.cuda.get_device_name() if self.accelerator == "cuda" else platform.machine(),
-            "versions": inputs["versions"],
-            "inputs": inputs,
-        }
-        self._keep(evaluator)
+            if not evaluator.paths:
+                msg = f"No image of {self.category} could be read; look at the folder that the configuration names."
+                raise InputError(msg)
+            scales = choose_scales(model.post_processor, evaluator.scores, evaluator.map_limits, evaluator.labels)
+            row |= {
+                "images": len(evaluator.paths),
+                "skipped": evaluator.skipped,
+                "images_per_second": evaluator.images_per_second(model),
+                "peak_memory_mib": memory.peak_mib(),
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "device": torch.cuda.get_device_name() if self.accelerator == "cuda" else platform.machine(),
+                "scales": scales.row(),
+                "versions": inputs["versions"],
+                "inputs": inputs,
+            }
+            self._keep(evaluator, scales)
         return row
 
     @contextmanager
@@ -217,11 +232,17 @@ class CompareJob(Job):
                 logger=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                callbacks=[evaluator],
+                callbacks=[evaluator, ImageProgress(self.tell)],
             )
 
-    def _keep(self, evaluator: CompareEvaluator) -> None:
-        job_files.write_examples(self.file, evaluator.maps, evaluator.masks, evaluator.sampled)
+    def _keep(self, evaluator: CompareEvaluator, scales: Scales) -> None:
+        numbers = {path: number for number, path in enumerate(evaluator.paths)}
+        order = [numbers[path] for path in sorted(numbers)]
+        shown = choose_examples(evaluator.paths, evaluator.labels)
+        both = extremes(evaluator.paths, evaluator.labels, evaluator.scores)
+        masks = {path: evaluator.stream.mask(numbers[path]) for path in (*shown, *both) if path is not None}
+        job_files.write_heat(self.file, heat_layers(evaluator.stream, order, scales.map, self.tell))
+        job_files.write_masks(self.file, {path: mask for path, mask in masks.items() if mask is not None})
         job_files.write_scores(self.file, evaluator.paths, evaluator.labels, evaluator.scores)
 
     @staticmethod
@@ -252,8 +273,7 @@ def category_of(data: Mapping[str, Any] | None, images: str | None) -> str:
 def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> AnomalibModule:
     """The model without measurements and pictures of its own."""
     model: Any = get_model(dict(config))
-    model.evaluator = model.visualizer = model.table = None
-    model.single_pass = False  # the time of the test pass is measured
+    model.evaluator = model.visualizer = model.table = model.page = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name

@@ -1,21 +1,25 @@
-"""The three files of a job: ``.npz`` with examples, ``.csv`` with scores, ``.json`` with the row, which comes last.
+"""The files of a job: ``KEY/heat/`` with heat layers, ``KEY.npz`` with masks of examples, ``KEY.csv`` with scores.
 
-The row names the digests of the others and of itself. A job is done if all of them agree; whatever else lies there, the
-job runs again.
+``KEY.json`` with the row comes last. It names the digests of the others and of itself, and names and sizes of the heat
+layers. A job is done if all of them agree; whatever else lies there, the job runs again.
 """
 
 import hashlib
+import io
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
-from anomalib_clipad.files import replacing, write_atomically
+from anomalib_clipad.compare.scale import Scales
+from anomalib_clipad.files import remove_abandoned, replacing, write_atomically
 
 KEPT = (".npz", ".csv")
 DRAFT_AGE = 3600  # seconds after which a draft was left behind by a process that died
@@ -25,7 +29,7 @@ ERRORS = "surrogateescape"  # a file's name may be no valid text
 def write_row(file: Path, row: dict[str, Any]) -> None:
     """Write the row, and with it the digests that make the job done."""
     kept = {ending: _digest(file.with_suffix(ending).read_bytes()) for ending in KEPT}
-    whole = {"row": row, "files": kept}
+    whole = {"row": row, "files": kept, "heat": _listing(heat_folder(file))}
     content = {**whole, "digest": _digest(_text(whole))}
     write_atomically(file, json.dumps(content, indent=1, default=str).encode())
 
@@ -38,15 +42,21 @@ def read_row(file: Path) -> dict[str, Any] | None:
         >>> read_row(Path("job.json")) is None
         True
     """
+    return None if (found := _read_whole(file)) is None else found[0]
+
+
+def _read_whole(file: Path) -> tuple[dict[str, Any], str] | None:
+    """The row, and a digest of all that the job has kept."""
     try:
         content = json.loads(file.read_bytes())
-        digest = content.pop("digest")
+        digest: str = content.pop("digest")
         row: dict[str, Any] = content["row"]
         whole = digest == _digest(_text(content)) and isinstance(row, dict)
         kept = all(content["files"][end] == _digest(file.with_suffix(end).read_bytes()) for end in KEPT)
+        kept = kept and content["heat"] == _listing(heat_folder(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return row if whole and kept else None
+    return (row, digest) if whole and kept else None
 
 
 def _text(content: object) -> bytes:
@@ -58,22 +68,48 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_examples(
-    file: Path, maps: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], sampled: Sequence[np.ndarray]
-) -> None:
-    """Write the maps and masks of the examples, and the ends of the colour scale."""
-    pixels = np.stack(sampled).astype(np.float32)
-    paths = list(maps)
-    arrays: dict[str, Any] = {"masks": np.stack([masks[path] for path in paths])} if masks else {}
+def _listing(folder: Path) -> str:
+    """Digest of the names and sizes of a folder's files: the content of thousands would take long to read."""
+    with os.scandir(folder) as entries:
+        return _digest(repr(sorted((entry.name, entry.stat().st_size) for entry in entries)).encode())
+
+
+def heat_folder(file: Path) -> Path:
+    """Where a job's heat layers are.
+
+    Example:
+        >>> heat_folder(Path("jobs/SDP-nut-0123456789.json")).as_posix()
+        'jobs/SDP-nut-0123456789/heat'
+    """
+    return file.with_suffix("") / "heat"
+
+
+def write_heat(file: Path, layers: Iterable[Image.Image]) -> None:
+    """Write the heat layers of a job, in the order of their images' paths, and remove those of an earlier run."""
+    folder = heat_folder(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder, ".*")
+    written = set()
+    for number, layer in enumerate(layers):
+        name = _heat_name(number)
+        content = io.BytesIO()
+        layer.save(content, format="png")
+        write_atomically(folder / name, content.getvalue())
+        written.add(name)
+    for path in folder.iterdir():
+        if path.name not in written and not path.name.startswith("."):
+            path.unlink(missing_ok=True)
+
+
+def _heat_name(number: int) -> str:
+    return f"{number:05d}.png"
+
+
+def write_masks(file: Path, masks: Mapping[str, np.ndarray]) -> None:
+    """Write the masks of the examples by their paths."""
+    arrays: dict[str, Any] = {"masks": np.stack(list(masks.values()))} if masks else {}
     with replacing(file.with_suffix(".npz")) as draft:
-        np.savez_compressed(
-            draft,
-            paths=np.array(paths),
-            maps=np.stack(list(maps.values())),
-            low=np.percentile(pixels, 1),
-            high=np.percentile(pixels, 99.5),
-            **arrays,
-        )
+        np.savez_compressed(draft, paths=np.array(list(masks), dtype=str), **arrays)
 
 
 def write_scores(file: Path, paths: Sequence[str], labels: Sequence[int | None], scores: Sequence[float]) -> None:
@@ -83,41 +119,67 @@ def write_scores(file: Path, paths: Sequence[str], labels: Sequence[int | None],
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a job kept for the pictures.
+class KeptImage:
+    """An image as a job judged it.
 
     Args:
-        scores: Scores by path.
-        maps: Maps of the examples by path, (H, W) in float16.
-        masks: Their ground truth by path, (H, W), empty without masks.
-        low: Lower end of the colour scale.
-        high: Upper end of the colour scale.
+        score: The model's own score.
+        shown: The same on the common scale, 0.5 at the threshold.
+        label: 1 if the image is anomalous, 0 if it is normal, None if that is not known.
+        heat: Its heat layer.
+
+    Example:
+        >>> KeptImage(score=7.2, shown=0.6, label=1, heat=Path("00000.png")).shown > 0.5
+        True
+    """
+
+    score: float
+    shown: float
+    label: int | None
+    heat: Path
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a job kept for pictures, tables and the page.
+
+    Args:
+        images: Its images by path.
+        masks: Ground truth of the examples by path, (H, W) bool, empty without masks.
+        scales: The scales of its scores and maps.
+        digest: Changes when any of it does.
 
     Example:
         >>> Kept.read(Path("nowhere.json")) is None
         True
     """
 
-    scores: dict[str, float]
-    maps: dict[str, np.ndarray]
+    images: dict[str, KeptImage]
     masks: dict[str, np.ndarray]
-    low: float
-    high: float
+    scales: Scales
+    digest: str
 
     @classmethod
     def read(cls, file: Path) -> "Kept | None":
         """Read a job's files; None where they are not whole."""
-        if read_row(file) is None:
+        if (found := _read_whole(file)) is None:
             return None
+        row, digest = found
+        scales = Scales.read(row["scales"])
         table = pd.read_csv(
             file.with_suffix(".csv"), encoding_errors=ERRORS, dtype={"path": str}, keep_default_na=False
         )
-        scores = dict(zip(table["path"], pd.to_numeric(table["score"], errors="coerce"), strict=True))
+        scores = pd.to_numeric(table["score"], errors="coerce").astype(float)
+        labels = [None if np.isnan(label) else int(label) for label in pd.to_numeric(table["label"], errors="coerce")]
+        images = {
+            path: KeptImage(score, shown, label, heat_folder(file) / _heat_name(number))
+            for number, (path, score, shown, label) in enumerate(
+                zip(table["path"], scores.tolist(), scales.score.shown(scores).tolist(), labels, strict=True)
+            )
+        }
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
-            paths = arrays["paths"].tolist()
-            maps = dict(zip(paths, arrays["maps"], strict=True))
-            masks = dict(zip(paths, arrays["masks"], strict=True)) if "masks" in arrays else {}
-            return cls(scores, maps, masks, float(arrays["low"]), float(arrays["high"]))
+            masks = dict(zip(arrays["paths"].tolist(), arrays["masks"], strict=True)) if "masks" in arrays else {}
+        return cls(images, masks, scales, digest)
 
 
 def remove_drafts(folder: Path) -> None:

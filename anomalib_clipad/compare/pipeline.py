@@ -14,21 +14,27 @@ import yaml
 from anomalib.pipelines.components.base import Pipeline, Runner
 from huggingface_hub import try_to_load_from_cache
 from open_clip.pretrained import get_pretrained_cfg
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from anomalib_clipad.compare.bars import Bars
 from anomalib_clipad.compare.evaluator import METRICS
 from anomalib_clipad.compare.generator import CompareJobGenerator
 from anomalib_clipad.compare.job import CompareJob
 from anomalib_clipad.compare.known import CLIP_SIZES, FIXED_CLIP, REQUIRED
-from anomalib_clipad.compare.report import mean_table, skipped_images, write_report
+from anomalib_clipad.compare.remarks import remarks
+from anomalib_clipad.compare.report import write_report
 from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
 from anomalib_clipad.compare.screen import interruptible, logging_to, say
 from anomalib_clipad.compare.settings import short_class
 from anomalib_clipad.compare.shots import check_shots
+from anomalib_clipad.compare.tables import mean_table, skipped_images
 from anomalib_clipad.components.backbone import find_cached
+from anomalib_clipad.engine.table import NAME
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.page.page import NAME as PAGE
 
 
 class Compare(Pipeline):
@@ -73,14 +79,19 @@ class Compare(Pipeline):
             with logging_to(output / "compare.log"):
                 rows = runner.run(settings)
             _show(rows)
+            for line in remarks(rows):
+                say(line)
+            say("Drawing the report.")
             try:
-                write_report(output, rows, title=yaml.safe_dump(settings, sort_keys=False))
+                with Bars(1, "report") as bars:
+                    write_report(output, rows, title=yaml.safe_dump(settings, sort_keys=False), tell=bars.tell)
             except OSError as error:
                 msg = (
                     f"The report could not be written ({error}); what was measured is kept, so start again after that."
                 )
                 raise InputError(msg) from error
-        say(f"Report: {output / 'report.md'}\nHeatmaps: {output / 'examples'}", stderr=False)
+        places = {"Report": "report.md", "Page": PAGE, "Heatmaps": "examples", "Table": NAME}
+        say("\n".join(f"{what}: {output / name}" for what, name in places.items()), stderr=False)
         for path, models in skipped_images(pd.DataFrame(rows)).items():
             say(f"Skipped, because it cannot be read: {path} ({', '.join(models)})")
         if failed := [row for row in rows if "error" in row]:
@@ -186,7 +197,13 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if means.empty:
         return
     names = Column("", min_width=min(24, max(len(str(name)) for name in means.index)))
-    table = Table(names, *(METRICS[name] for name in means), title="Means over the categories, %", show_edge=False)
+    table = Table(
+        names,
+        *(METRICS[name].replace(" ", "\n") for name in means),
+        title="Means over the categories, %",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
     for model, values in means.iterrows():
         table.add_row(Text(str(model)), *(f"{100 * value:.1f}" for value in values))
     Console().print(table)

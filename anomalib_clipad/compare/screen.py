@@ -11,6 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
+_received: list[int] = []  # signals of the run at hand
 INTERRUPTED = "Interrupted; start the same command again for what is missing."
 
 
@@ -76,11 +77,11 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread only
         yield
         return
-    received: list[int] = []
+    _received.clear()
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
-        received.append(number)
+        _received.append(number)
         for process in multiprocessing.active_children():
             process.terminate()
         raise SystemExit(128 + number)
@@ -88,11 +89,28 @@ def interruptible() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+        check_interrupted()
     except BaseException:
-        if not received:
+        if not _received:
             raise
         say(INTERRUPTED)
-        raise SystemExit(128 + received[0]) from None
+        raise SystemExit(128 + _received[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.clear()
+
+
+def check_interrupted() -> None:
+    """End the run between two jobs if a signal has come in the last one.
+
+    The exception that the signal raises may come where Python cannot raise it, such as in the end of an object.
+
+    Raises:
+        SystemExit: If there was a signal.
+
+    Example:
+        >>> check_interrupted()
+    """
+    if _received:
+        raise SystemExit(128 + _received[0])

@@ -123,6 +123,7 @@ def open_backbone(
     """
     backbone, pretrained = check_names(backbone, pretrained)
     folder = DEMO_FOLDER if backbone == DEMO else Path(backbone.removeprefix("local-dir:"))
+    logger.info("Loading the CLIP %s.", backbone)
     if backbone == DEMO:
         logger.warning("The demonstration backbone was trained on rendered textures; it is not for inspection work.")
     is_folder = _is_folder(folder)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from anomalib.models.components.sampling import KCenterGreedy
 from torch.nn import functional as F
 
 from anomalib_clipad.components.float32 import Float32Buffers
@@ -242,6 +241,9 @@ class ReferenceBank(Float32Buffers):
 
     def _coreset(self) -> torch.Tensor:
         """Numbers of the patches to keep, which are spread over all there are; the same ones each time."""
+        # Here, because anomalib.models imports our models (see ``plugin``), which need this file.
+        from anomalib.models.components.sampling import KCenterGreedy
+
         logger.info("Choosing %d of %d patches of the references.", self.max_patches, len(self.patches))
         features = self.bank[0].transpose(0, 1).flatten(1)
         with torch.random.fork_rng(devices=[features.device] if features.device.type == "cuda" else []):

@@ -1,5 +1,6 @@
 """Text vectors: prompts through CLIP's text tower, cut after their end token."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,8 @@ from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.representative_vector import check_rvs, select_representative_vector
 from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
@@ -139,6 +142,7 @@ class TextEncoder:
         source = {"prompts": prompts, "rvs": {"method": method, **check_rvs(method, **options)}}
         vectors = None if self.cache is None else self.cache.read(source)
         if vectors is None:
+            logger.info("Encoding %d prompts of %r.", sum(map(len, prompts)), class_name)
             clouds = [self.encode(sentences) for sentences in prompts]
             vectors = torch.stack([select_representative_vector(cloud, method, **options) for cloud in clouds])
             if self.cache is not None:

@@ -1,5 +1,6 @@
 """Export to files that are whole or not there at all, with everything but the text tower baked in."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from anomalib_clipad.files import remove_abandoned
 
 if TYPE_CHECKING:
     from openvino import Model
+
+logger = logging.getLogger(__name__)
 
 OPSET = 18  # the oldest that torch's exporter writes itself; anomalib's 14 is tried, fails loudly and is given up
 ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -51,6 +54,7 @@ class WholeExportMixin(ExportMixin):
         """
         _check_arguments(export_root, model_file_name)
         self.prepare_export()
+        logger.info("Writing the file for torch.")
         network = cast("Any", self.model)
         encoder, network.text_encoder = network.text_encoder, None  # the text tower has done its work
         try:
@@ -84,6 +88,7 @@ class WholeExportMixin(ExportMixin):
         _check_arguments(export_root, model_file_name, input_size)
         _check_packages("onnx", *ONNX_PACKAGES)
         self.prepare_export()
+        logger.info("Tracing the model for ONNX, which takes up to a minute or two.")
         kwargs.setdefault("opset_version", OPSET)
         kwargs.setdefault("verbose", False)
         size = sum(
@@ -134,6 +139,7 @@ class WholeExportMixin(ExportMixin):
             msg = "INT8_PTQ chooses its ranges by images; give a datamodule, such as --data MVTecAD."
             raise InputError(msg)
         self.prepare_export(datamodule)
+        logger.info("Exporting to OpenVINO by way of ONNX.")
         kwargs |= {"input_size": input_size, "compression_type": compression_type, "datamodule": datamodule}
         export = super().to_openvino
         return _write(export_root, lambda folder: export(folder, model_file_name, **kwargs))
@@ -147,6 +153,7 @@ class WholeExportMixin(ExportMixin):
             msg = "datamodule is missing"
             raise TypeError(msg)
 
+        logger.info("Choosing the ranges of INT8 by images.")
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
         return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER)

@@ -26,10 +26,13 @@ from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
+from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.engine.run_folder import RunFolder
 from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
+from anomalib_clipad.engine.visualizer import ClipAdVisualizer
 
 if TYPE_CHECKING:
     _Module = AnomalibModule
@@ -46,6 +49,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
 
     class_name: str | None
     table: PredictionTable | None  # None for no table
+    page: PageWriter | None  # None for no page
     # Score ranges, references and thresholds of classes that were set before, for when they are set again.
     _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]]]]
 
@@ -89,6 +93,11 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
         """The paper's metrics, see :func:`anomalib_clipad.engine.metrics.paper_evaluator`."""
         return paper_evaluator()
 
+    @classmethod
+    def configure_visualizer(cls) -> ClipAdVisualizer:  # type: ignore[override]  # of the base class that anomalib asks for
+        """Pictures on a fixed scale, under score and verdict."""
+        return ClipAdVisualizer()
+
     def adopt(
         self,
         network: ZeroShotNetwork,
@@ -101,7 +110,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
     ) -> None:
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
-        self.table = PredictionTable()
+        self.table, self.page = PredictionTable(), PageWriter()
         self.class_name = class_name
         self.adopt_size(self.hparams.get("image_size"))
         self.adopt_single_pass(single_pass)
@@ -115,8 +124,12 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """The model's components, and what leaves the trainer as it was."""
         drop_components_of_other_models(self.trainer)
-        table = [] if self.table is None else [self.table]
-        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks()), *table]
+        callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
+        # Behind the visualizer, whose pictures the table names.
+        callbacks += [writer for writer in (self.table, self.page) if writer is not None]
+        if any(isinstance(callback, PredictionTable | PageWriter | ClipAdVisualizer) for callback in callbacks):
+            callbacks.insert(0, RunFolder())
+        return [RunGuard(callbacks), *callbacks]
 
     def on_validation_start(self) -> None:
         """See :meth:`prepare_classes`."""
@@ -208,13 +221,13 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
         return self.test_step(batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch, and keep the model's own scores on it for the metrics."""
+        """Score a batch, and keep the model's own map on it for the metrics."""
         scored = self.predict_step(batch, batch_idx, dataloader_idx)
-        scored.raw_score, scored.raw_map = scored.pred_score, scored.anomaly_map
+        scored.raw_map = scored.anomaly_map
         return cast("STEP_OUTPUT", scored)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> ZeroShotBatch:  # type: ignore[override]  # a batch is what anomalib returns too
-        """Score a batch."""
+        """Score a batch, and keep the model's own scores on it."""
         del batch_idx, dataloader_idx
         ours = ZeroShotBatch.of(cast("ImageBatch", batch))
         scores = self.kept_scores(ours)
@@ -223,6 +236,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
             self.keep_scores(ours, scores)
         ours.features = None  # not to be drawn, nor kept with the predictions
         ours.update(**self.model.predictions(scores)._asdict())
+        ours.raw_score = ours.pred_score
         return ours
 
     def _scores(self, batch: ZeroShotBatch) -> Scores:

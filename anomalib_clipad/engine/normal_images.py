@@ -222,16 +222,22 @@ class NormalImagesMixin(_Module):
         return chosen
 
     def _score(self, images: Iterator[torch.Tensor], total: int) -> Iterator[Scores]:
-        hidden = self._trainer is not None and self.trainer.progress_bar_callback is None
-        with tqdm(total=total, desc="Scoring normal images", disable=hidden or not total, leave=False) as bar:
+        with self._bar("Scoring normal images", total) as bar:
             while batch := list(islice(images, BATCH)):
                 with torch.no_grad(), self._forward_context():
                     yield self.model.scores(torch.stack(batch).to(self.device))
                 bar.update(len(batch))
 
     def _batches(self, images: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for start in range(0, len(images), BATCH):
-            yield torch.stack(images[start : start + BATCH]).to(self.device)
+        with self._bar("Encoding references", len(images)) as bar:
+            for start in range(0, len(images), BATCH):
+                batch = torch.stack(images[start : start + BATCH])
+                yield batch.to(self.device)
+                bar.update(len(batch))
+
+    def _bar(self, words: str, total: int) -> tqdm:
+        hidden = self._trainer is not None and self.trainer.progress_bar_callback is None
+        return tqdm(total=total, desc=words, disable=hidden or not total)
 
     def _forward_context(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()

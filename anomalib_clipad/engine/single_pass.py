@@ -34,6 +34,7 @@ class SinglePassMixin(_Module):
 
     model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     single_pass: bool
+    served = 0  # images of the last test pass whose scores are those of the validation pass
     _kept: dict[str, Scores]
     _kept_bytes = 0
     # What the kept scores depend on; nothing while none are to be kept.
@@ -58,7 +59,7 @@ class SinglePassMixin(_Module):
             datamodule: The data of the pass.
             normal_key: What the references were made from.
         """
-        function = self.trainer.state.fn
+        function, self.served = self.trainer.state.fn, 0
         same_images = self.single_pass and datamodule is not None and _tests_what_it_validates(datamodule)
         depends_on = (id(datamodule), self.model.class_names, normal_key) if same_images else None
         if function == TrainerFn.TESTING and depends_on == self._kept_for:
@@ -88,6 +89,7 @@ class SinglePassMixin(_Module):
         known = [one for one in found if one is not None]
         if len(known) < len(found):
             return None
+        self.served += len(known)
         return Scores(*(torch.stack(values).to(self.device) for values in zip(*known, strict=True)))
 
     def keep_scores(self, batch: ZeroShotBatch, scores: Scores) -> None:

@@ -60,7 +60,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
         evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
-        visualizer: Visualizer, or whether to use anomalib's default.
+        visualizer: Visualizer, or whether to draw pictures.
 
     Raises:
         InputError: If an argument cannot be used.

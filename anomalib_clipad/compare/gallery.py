@@ -1,0 +1,47 @@
+"""Every image of a comparison with what every model found in it, as the page shows it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anomalib_clipad.compare.job_files import Kept
+from anomalib_clipad.compare.progress import Tell, silent
+from anomalib_clipad.page import Finding, PageImage, shown_by_browsers, with_folders, write_thumbnail
+
+
+def page_images(
+    output: Path, rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept], tell: Tell = silent
+) -> list[PageImage]:
+    """All images of a comparison, with thumbnails; they are made where they are missing or older than the image.
+
+    Args:
+        output: Folder of the comparison.
+        rows: A row a job; of several seeds of a model on a category, the first counts.
+        kept: What the jobs kept, see :func:`anomalib_clipad.compare.predictions.read_kept`.
+        tell: Is told how many thumbnails there are.
+
+    Example:
+        >>> page_images(Path("out"), [{"model": "SDP", "category": "nut", "key": "none"}], {})
+        []
+    """
+    findings: dict[tuple[str, str], dict[str, Finding]] = {}
+    truths: dict[tuple[str, str], int | None] = {}
+    for row in rows:
+        if (one := kept.get(str(row["key"]))) is None:
+            continue
+        for path, image in one.images.items():
+            found = findings.setdefault((str(row["category"]), path), {})
+            heat = image.heat.relative_to(output).as_posix()
+            found.setdefault(str(row["model"]), Finding(image.shown, raw=f"{image.score:.6g}", heat=heat))
+            truths[str(row["category"]), path] = image.label
+    images = []
+    for number, ((category, path), found) in enumerate(sorted(findings.items())):
+        tell("thumbnails", number, len(findings))
+        file = Path(path)
+        original = os.path.relpath(file, output) if shown_by_browsers(file) else None
+        truth = truths[category, path]
+        images.append(
+            PageImage(path, category, truth, found, thumbnail=write_thumbnail(file, output), original=original)
+        )
+    return with_folders(images)

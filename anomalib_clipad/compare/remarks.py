@@ -1,0 +1,76 @@
+"""What a reader must know before the figures of a comparison, in sentences for the report, the screen and the page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from anomalib_clipad.compare.scale import ALL, Scales
+from anomalib_clipad.pictures.text import printable
+
+CHANCE = 0.5
+AUROCS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC"}
+
+
+def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which figures are not those of a model in use, and which are worse than chance.
+
+    Args:
+        rows: A row a job, as :class:`anomalib_clipad.compare.CompareJob` returns it.
+
+    Returns:
+        Sentences that begin with a title and a colon.
+
+    Example:
+        >>> remarks([{"model": "SDP", "category": "nut", "image_AUROC": 0.41}])
+        ['Worse than chance: SDP on nut, image AUROC 41.0 %.']
+    """
+    table = pd.DataFrame([row for row in rows if not isinstance(row.get("error"), str)])
+    found = []
+    for reason in ("demonstration backbone", "random weights"):
+        if "not_for_use" in table and (models := table.loc[table["not_for_use"] == reason, "model"].unique()).size:
+            names = "; ".join(models)
+            found.append(f"{reason.capitalize()}: {names}. These figures say nothing of pretrained weights.")
+    measured = [name for name in AUROCS if name in table]
+    if measured:
+        means = table.groupby(["model", "category"], sort=False)[measured].mean()
+        for (model, category), values in means.iterrows():
+            worse = [f"{AUROCS[name]} {100 * values[name]:.1f} %" for name in measured if values[name] < CHANCE]
+            if worse:
+                found.append(f"Worse than chance: {model} on {category}, {' and '.join(worse)}.")
+    return found
+
+
+def scale_remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For which models 0.5 on the common scale is no threshold, and what it is instead.
+
+    Args:
+        rows: As :func:`remarks` takes them.
+
+    Returns:
+        A sentence a model and kind of scale, with its categories.
+
+    Example:
+        >>> from anomalib_clipad.compare.scale import choose_scales
+        >>> scales = choose_scales(None, [1.0, 2.0], [(0.0, 1.0)] * 2, [0, 1])
+        >>> scale_remarks([{"model": "PaDiM", "category": "nut", "scales": scales.row()}])
+        ['PaDiM on nut has no threshold, ...: 0.5 is the largest score of its good images, 0 the lowest; ...']
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if not isinstance(row.get("scales"), Mapping):
+            continue
+        scales = Scales.read(row["scales"])
+        if not scales.score.known:
+            whose = "all images" if scales.score.source == ALL else "its good images"
+            ending = "; likewise for heatmaps" if not scales.map.known else ""
+            words = f"has no threshold, so no verdicts: 0.5 is the largest score of {whose}, 0 the lowest{ending}."
+        elif not scales.map.known:
+            whose = "all images" if scales.map.source == ALL else "its good images"
+            words = f"has no threshold for maps: 0.5 in its heatmaps is the largest value of {whose}, 0 the lowest."
+        else:
+            continue
+        categories = found.setdefault((str(row["model"]), words), [])
+        if row["category"] not in categories:
+            categories.append(row["category"])
+    return [printable(f"{model} on {', '.join(names)} {words}") for (model, words), names in found.items()]

@@ -1,0 +1,151 @@
+"""The scale that all models of a comparison are shown on: 0.5 is the threshold.
+
+Jobs measure a model's own scores and maps, whose units differ. What is shown of them, in pictures, tables and on the
+page, is brought to one scale here. It is not clamped, so the order of the scores stays.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from anomalib.post_processing import PostProcessor
+
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+
+Level = Literal["image", "pixel"]
+MODEL, GOOD, ALL = "model", "good images", "all images"  # where a scale comes from
+LEAST = 1e-12  # that is divided by
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Brings values of one model to the common scale.
+
+    Args:
+        threshold: Value that is shown as 0.5.
+        low: Lower end of the range. ``high - low`` is shown as 1, as anomalib's post-processor does it.
+        high: Upper end.
+        source: ``model``, if it is the model's own threshold; else ``good images`` or ``all images``, of whose values
+            the largest is 0.5 and the lowest 0.
+        soft: Flatten both ends, as our models do with maps whose threshold no image has set.
+
+    Example:
+        >>> Scale(threshold=3.0, low=1.0, high=5.0, source=MODEL).shown([1.0, 3.0, 9.0]).tolist()
+        [0.0, 0.5, 2.0]
+        >>> Scale(threshold=0.0, low=-0.02, high=0.02, source=MODEL, soft=True).shown([0.02, 10.0]).round(3).tolist()
+        [0.75, 0.999]
+    """
+
+    threshold: float
+    low: float
+    high: float
+    source: str
+    soft: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a threshold to judge by."""
+        return self.source == MODEL
+
+    def shown(self, values: Any) -> np.ndarray:  # noqa: ANN401 - whatever NumPy takes
+        """Values on the common scale, in float64, in the order of those given."""
+        away = np.asarray(values, dtype=np.float64) - self.threshold
+        if self.high <= self.low:
+            return 0.5 + np.sign(away) / 2
+        away = away / (self.high - self.low)
+        if self.soft:
+            away = away / (1 + 2 * np.abs(away))
+        return 0.5 + away
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The two scales of a job.
+
+    Args:
+        score: Of image scores.
+        map: Of anomaly maps.
+
+    Example:
+        >>> both = Scales(Scale(0.5, 0.0, 1.0, MODEL), Scale(2.0, 0.0, 4.0, GOOD))
+        >>> Scales.read(both.row()) == both
+        True
+    """
+
+    score: Scale
+    map: Scale
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> "Scales":
+        """From a job's row."""
+        return cls(Scale(**row["score"]), Scale(**row["map"]))
+
+    def row(self) -> dict[str, Any]:
+        """For a job's row."""
+        return asdict(self)
+
+
+def choose_scales(
+    post_processor: object,
+    scores: Sequence[float],
+    map_limits: Sequence[tuple[float, float]],
+    labels: Sequence[int | None],
+) -> Scales:
+    """The scales of a model: by its own thresholds, else by good images, else by all.
+
+    Args:
+        post_processor: The model's; without thresholds, or not anomalib's, it tells nothing.
+        scores: Image scores.
+        map_limits: Lowest and largest value of each image's map.
+        labels: 0 for a good image, None without labels.
+
+    Example:
+        >>> scales = choose_scales(None, [1.0, 2.0, 9.0], [(0.0, 1.0)] * 3, [0, 0, 1])
+        >>> scales.score.shown([1.0, 2.0]).tolist(), scales.score.source
+        ([0.0, 0.5], 'good images')
+    """
+    limits = np.asarray(map_limits, dtype=np.float64).reshape(-1, 2)
+    score, values = np.asarray(scores, dtype=np.float64), np.concatenate([limits[:, 0], limits[:, 1]])
+    good = np.array([label == 0 for label in labels], dtype=bool)
+    return Scales(
+        _of_model(post_processor, "image", score) or _of_images(score, good),
+        _of_model(post_processor, "pixel", values) or _of_images(values, np.tile(good, 2)),
+    )
+
+
+def _of_model(post_processor: object, level: Level, values: np.ndarray) -> Scale | None:
+    """The scale of a post-processor that knows a threshold, its sensitivity included."""
+    if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
+        return None
+    stricter = 0.5 - float(getattr(post_processor, f"{level}_sensitivity"))  # how far the threshold is from 0.5
+    threshold = float(getattr(post_processor, f"{level}_threshold"))
+    if math.isfinite(threshold):
+        low, high = (float(getattr(post_processor, f"{level}_{end}")) for end in ("min", "max"))
+        if not math.isfinite(high - low):  # not normalised
+            reach = float(np.abs(_finite(values) - threshold).max(initial=0.0))
+            low, high = threshold - reach, threshold + reach
+        return Scale(threshold + stricter * (high - low), low, high, MODEL)
+    if not isinstance(post_processor, ClipAdPostProcessor):
+        return None
+    if level == "image":
+        return Scale(0.5 + stricter, 0.0, 1.0, MODEL)
+    if post_processor.map_scale is None:
+        return None
+    centre, reach = post_processor.map_scale.centre, 1 / post_processor.map_scale.slope
+    inverse = 2 * stricter / max(1 - abs(2 * stricter), LEAST)
+    return Scale(centre + inverse * reach, centre - reach, centre + reach, MODEL, soft=True)
+
+
+def _of_images(values: np.ndarray, good: np.ndarray) -> Scale:
+    """The largest value of good images becomes 0.5, the lowest 0; of all images where none is known to be good."""
+    chosen, source = (values[good], GOOD) if good.any() else (values, ALL)
+    low, high = _finite(chosen).min(initial=math.inf), _finite(chosen).max(initial=-math.inf)
+    if low > high:  # no finite value
+        low = high = 0.0
+    return Scale(float(high), float(low), float(2 * high - low), source)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
