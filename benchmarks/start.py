@@ -62,9 +62,7 @@ def main() -> None:
     """Write the weights, measure, and print the table."""
     torch.manual_seed(0)
     state = open_clip.create_model(BACKBONE, pretrained=None).state_dict()
-    print(
-        f"# Start\n{platform.machine()}, {torch.get_num_threads()} threads; weights from disk, not from the page cache\n"
-    )
+    print(f"# Start\n{platform.machine()}, {torch.get_num_threads()} threads; the weights are read from disk\n")
     print("| file | vision weights read | first start | second start | second / read | MiB added / file |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
