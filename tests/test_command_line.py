@@ -36,7 +36,7 @@ def test_test_prints_the_seven_metrics_and_draws(tested: tuple[Path, str], categ
     results, printed = tested
     for name in ("image_AUROC", "image_F1Max", "image_AP", "pixel_AUROC", "pixel_F1Max", "pixel_AP", "pixel_AUPRO"):
         assert re.search(rf"{name}\s*│\s*[01]\.\d+", printed), name
-    pictures = list((results / "images").rglob("*.png"))
+    pictures = list((results / "test/v0/images").rglob("*.png"))
     assert len(pictures) == len(list((category / "test").rglob("*.png")))
     assert Image.open(pictures[0]).size[0] > 3 * 200
 
@@ -56,7 +56,7 @@ def test_predict_from_a_checkpoint_and_without(
     assert len(list((tmp_path / "results").rglob("a.png"))) == 1
     done = anomalib(*arguments, image_folder, "--model.class_name", "metal nut")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list((tmp_path / "results").rglob("b.jpg"))) == 1
+    assert len(list((tmp_path / "results").rglob("predict/v1/images/b.png"))) == 1
 
 
 def test_benchmark_knows_the_short_name(small_clip: str, tmp_path: Path, anomalib: Callable) -> None:

@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.compare import CompareJob, CompareJobGenerator, write_report
 from anomalib_clipad.compare.example_pictures import MOST_EXTREMES, choose_rows, examples_figure
-from anomalib_clipad.compare.gallery import gallery
+from anomalib_clipad.compare.gallery import page_images
 from anomalib_clipad.compare.job_files import Kept, KeptImage, heat_folder
 from anomalib_clipad.compare.predictions import read_kept
 from anomalib_clipad.compare.remarks import remarks
@@ -275,18 +275,22 @@ def test_histograms_of_many_models_and_categories_stay_readable() -> None:
     )
 
 
-def test_the_page_is_given_every_image_with_what_every_model_says(compared: tuple[Path, list[dict]]) -> None:
+def test_the_page_shows_every_image_with_what_every_model_says(compared: tuple[Path, list[dict]]) -> None:
     output, rows = compared
-    images = gallery(output, rows, read_kept(output, rows))
+    images = page_images(output, rows, read_kept(output, rows))
     assert len(images) == 11
-    assert [image.path for image in images] == sorted(image.path for image in images)
-    assert {image.truth for image in images} == {"normal", "anomalous"}
+    assert {image.truth for image in images} == {0, 1}
+    assert {image.folder for image in images} == {"good", "square"}
     table = pd.read_csv(output / "predictions.csv").set_index(["path", "model"])
+    page = (output / "report.html").read_text()
     for image in images:
-        assert list(image.judged) == ["SDP", "raw"]
-        for model, judged in image.judged.items():
-            assert judged.score == pytest.approx(table.loc[(image.path, model), "scaled_score"])
-            assert float(judged.text) == pytest.approx(table.loc[(image.path, model), "score"], rel=1e-5)
-            with Image.open(output / judged.heat) as layer:
+        assert list(image.findings) == ["SDP", "raw"]
+        assert Path(image.path).name in page
+        with Image.open(output / image.thumbnail) as thumbnail, Image.open(image.path) as whole:
+            assert thumbnail.size == whole.size
+        for model, finding in image.findings.items():
+            assert finding.score == pytest.approx(table.loc[(image.path, model), "scaled_score"])
+            assert float(finding.raw) == pytest.approx(table.loc[(image.path, model), "score"], rel=1e-5)
+            with Image.open(output / finding.heat) as layer:
                 assert (layer.mode, layer.size) == ("P", (SIDE, SIDE))
-        assert (image.judged["SDP"].known, image.judged["raw"].known) == (True, False)
+    assert all(remark.split(":")[0] in page for remark in remarks(rows))

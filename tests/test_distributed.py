@@ -12,6 +12,7 @@ from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.engine.table import NAME
 
 from .conftest import ROOT, ROUNDING, folder, run_command
+from .test_page import paths_of
 
 SCRIPT = """
 import sys
@@ -62,12 +63,20 @@ def test_two_processes_give_the_figures_and_pictures_of_one(
     assert parts[0]["scores"] | parts[1]["scores"] == pytest.approx(expected["scores"], abs=ROUNDING)
     assert pictures(two) == pictures(one)
     assert tables(two) == tables(one)
-    assert [len(paths) for paths in tables(one).values()] == [6], "that of the later run"
+    assert sorted(len(paths) for paths in tables(one).values()) == [6, 11], "a table a run"
+    assert pages(two) == pages(one)
+    assert sorted(len(paths) for paths in pages(one).values()) == [6, 11]
 
 
 def tables(root: Path) -> dict[str, list[str]]:
-    """Images of every table, of which there is one a folder of results."""
-    return {str(path.relative_to(root)): sorted(pd.read_csv(path).path) for path in root.rglob(f"{NAME}*")}
+    """Images and their pictures in every table."""
+    found = {str(path.relative_to(root)): pd.read_csv(path) for path in root.rglob(f"{NAME}*")}
+    return {name: sorted(table.path + " " + table.picture) for name, table in found.items()}
+
+
+def pages(root: Path) -> dict[str, list[str]]:
+    """Images of every page, and of parts of one that were left."""
+    return {str(path.relative_to(root)): paths_of(path) for path in root.rglob("*report.html*")}
 
 
 def pictures(root: Path) -> list[str]:

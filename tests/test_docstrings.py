@@ -20,6 +20,7 @@ PACKAGES = (
     "anomalib_clipad.components",
     "anomalib_clipad.data",
     "anomalib_clipad.demo",
+    "anomalib_clipad.page",
     "anomalib_clipad.sdp",
     "anomalib_clipad.sdp_plus",
 )

@@ -122,7 +122,7 @@ def test_predict_needs_no_labels_and_no_checkpoint(small_clip: str, image_folder
         assert batch.anomaly_map.min() >= 0
         assert batch.anomaly_map.max() <= 1
         assert batch.pred_mask.dtype == torch.bool
-    pictures = list((engine.trainer.default_root_dir / Path("images")).rglob("*.*"))
+    pictures = list((engine.trainer.default_root_dir / Path("predict/v0/images")).rglob("*.*"))
     assert len(pictures) == 2
 
 

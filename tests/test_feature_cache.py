@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 import time
 from dataclasses import fields
 from functools import partial
@@ -22,7 +21,7 @@ from anomalib_clipad.components.dual_path import DualPathFeatures
 from anomalib_clipad.data import AuxiliaryDataModule, DemoTextures
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 
-from .conftest import ROOT, folder, limited_files, run_command, write_category
+from .conftest import folder, limited_files, write_category
 
 
 def features(batch_size: int) -> DualPathFeatures:
@@ -215,11 +214,3 @@ def test_wrong_arguments_of_the_demonstration_are_one_sentence(name: str, values
     for value in values:
         with pytest.raises(InputError, match=name):
             DemoTextures(**{name: value})
-
-
-def test_models_do_not_load_the_demonstrations_pictures() -> None:
-    """They need scikit-image, which a model does not; anomalib itself loads it today."""
-    code = "import sys, anomalib_clipad.sdp, anomalib_clipad.sdp_plus, anomalib_clipad.data; print(*sys.modules)"
-    done = run_command(sys.executable, "-c", code, cwd=ROOT)
-    assert "anomalib_clipad.sdp" in done.stdout.split()
-    assert not [name for name in done.stdout.split() if name.startswith("anomalib_clipad.demo")]

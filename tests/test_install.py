@@ -66,6 +66,14 @@ def python(environment: Path, wheel: Path) -> Path:
     return executable
 
 
+def test_the_wheel_has_the_template_of_the_page(python: Path) -> None:
+    write = (
+        "from pathlib import Path; from anomalib_clipad.page import write_page; print(write_page(Path({!r}), '', []))"
+    )
+    done = run(python, "-c", write.format(str(python.parent)))
+    assert done.stdout.strip() == str(python.parent / "report.html"), done.stderr[-2000:]
+
+
 def test_the_wheel_is_found_by_its_short_name(python: Path, environment: Path, small_clip: str) -> None:
     build = f"get_model('clip_ad_sdp', backbone={small_clip!r}); import anomalib_clipad as ours; print(ours.__file__)"
     done = run(python, "-c", SHORT_NAME.format(build))

@@ -157,13 +157,13 @@ def test_scores_of_references_are_what_each_scores_against_the_others() -> None:
     scores = network.set_references([images[:2], images[2:]])
     text = network.text_features[0]
     features = network.taps(images)
-    text_maps = network.smoothing(network.map_before_smoothing(features, text))
+    text_maps = network.tiling.smoothing(network.map_before_smoothing(features, text))
     for k in range(3):
         others = ReferenceBank(4, 32, network.grid)
         others.fit([tap[[j for j in range(3) if j != k]] for tap in features.original])
         distances = others([tap[k : k + 1] for tap in features.original]).reshape(1, 1, *network.grid)
         enlarged = F.interpolate(distances, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
-        expected = network.reference_fusion.fuse_maps(text_maps[k : k + 1], network.smoothing(enlarged))
+        expected = network.reference_fusion.fuse_maps(text_maps[k : k + 1], network.tiling.smoothing(enlarged))
         torch.testing.assert_close(scores.anomaly_map[k : k + 1], expected, atol=2e-3, rtol=1e-3)
 
 

@@ -113,7 +113,7 @@ def test_batch_of_mixed_classes_equals_one_by_one(release: ClipAdSdpModel, parit
 def test_image_size_other_than_native(parity_clip: open_clip.CLIP) -> None:
     model = ClipAdSdpModel(clip=parity_clip, class_names=["bottle"], image_size=(128, 64))
     assert model(torch.randn(1, 3, 128, 64)).anomaly_map.shape == (1, 128, 64)
-    assert model.sigma == pytest.approx(8 * 128 / 240)
+    assert model.sigma == pytest.approx(8 * (128 * 64) ** 0.5 / 240)
 
 
 def test_image_score_without_validation_stays_in_the_unit_interval(release: ClipAdSdpModel, parity: Parity) -> None:

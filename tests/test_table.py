@@ -18,8 +18,8 @@ from .conftest import ANOMALIB, folder, limited_files, new_engine, start_command
 BARE = {"visualizer": False}
 
 
-def table_of(engine: object) -> pd.DataFrame:
-    return pd.read_csv(Path(engine.trainer.default_root_dir) / NAME)
+def table_of(engine: object, run: str = "predict/v0") -> pd.DataFrame:
+    return pd.read_csv(Path(engine.trainer.default_root_dir) / run / NAME)
 
 
 def test_a_row_says_what_the_batch_says(small_clip: str, category: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_end_of_a_run_says_how_many_and_what_was_skipped(
     engine = new_engine(tmp_path)
     with caplog.at_level(logging.INFO, "anomalib_clipad"):
         engine.test(ClipAdSdp(backbone=small_clip, **BARE), datamodule=folder(root), verbose=False)
-    table = table_of(engine)
+    table = table_of(engine, "test/v0")
     words = (
         f"6 images, {(table.label == 'anomalous').sum()} of them anomalous; 1 skipped: {root / 'test/good/001.png'}."
     )
@@ -80,11 +80,11 @@ def test_the_end_of_a_run_says_how_many_and_what_was_skipped(
     assert NAME in caplog.text
 
 
-def test_a_second_run_begins_a_table_of_its_own(small_clip: str, category: Path, tmp_path: Path) -> None:
+def test_every_run_keeps_a_table_of_its_own(small_clip: str, category: Path, tmp_path: Path) -> None:
     engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip, **BARE)
-    for part, count in (("test/square", 6), ("test/good", 5)):
+    for part in ("test/square", "test/good"):
         engine.predict(model, data_path=category / part)
-        assert len(table_of(engine)) == count
+    assert [len(table_of(engine, f"predict/{run}")) for run in ("v0", "v1", "latest")] == [6, 5, 5]
 
 
 def test_names_with_commas_quotes_and_line_breaks_stay_whole(small_clip: str, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_written(
     model.choose_class("cup" * 300)
     with limited_files(3000), pytest.raises(InputError, match="cannot be written .*; what was written stays"):
         engine.predict(model, data_path=category / "test")
-    written = (Path(engine.trainer.default_root_dir) / NAME).read_text()
+    written = (Path(engine.trainer.default_root_dir) / "predict/v0" / NAME).read_text()
     assert written.startswith(",".join(COLUMNS))
     assert written.count("\n") >= 2
 
@@ -141,7 +141,10 @@ def test_a_killed_run_leaves_the_rows_of_all_images_it_has_scored(small_clip: st
     assert table.label.notna().all()
 
 
-def test_the_trainer_is_left_without_the_table(small_clip: str, category: Path, tmp_path: Path) -> None:
+def test_the_trainer_is_left_without_our_callbacks(small_clip: str, category: Path, tmp_path: Path) -> None:
     engine = new_engine(tmp_path)
-    engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=category / "test/good")
-    assert not any("Table" in type(callback).__name__ for callback in engine.trainer.callbacks)
+    engine.predict(ClipAdSdp("cup", small_clip), data_path=category / "test/good")
+    ours = [
+        callback for callback in engine.trainer.callbacks if type(callback).__module__.startswith("anomalib_clipad")
+    ]
+    assert not ours

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from anomalib_clipad.compare.evaluator import METRICS
-from anomalib_clipad.compare.examples import shortened
+from anomalib_clipad.pictures.text import shortened
 
 
 class Bars:

@@ -13,8 +13,8 @@ from matplotlib.legend import Legend
 from PIL import Image
 
 from anomalib_clipad import __version__
-from anomalib_clipad.compare.examples import shortened
 from anomalib_clipad.files import write_atomically
+from anomalib_clipad.pictures.text import shortened
 
 COLOURS = ("#1b6ca8", "#d95f02", "#3a9679", "#8e5ea2", "#c2a83e", "#7a4a2b", "#5c6b73", "#d4526e")
 INPUTS = "Inputs"  # name of a text in the PNG file: digest of what was drawn

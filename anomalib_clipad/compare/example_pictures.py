@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from anomalib_clipad.compare.drawing import new_figure
-from anomalib_clipad.compare.examples import choose_examples, extremes, short_names, shortened
+from anomalib_clipad.compare.examples import choose_examples, extremes, short_names
 from anomalib_clipad.compare.job_files import Kept, KeptImage
 from anomalib_clipad.engine.table import VERDICTS
 from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, LEVELS, THRESHOLD, legend, outline, overlay
+from anomalib_clipad.pictures.text import shortened
 
 MOST_EXTREMES = 6  # rows beside the examples
 SIDE = 320  # pixels of the longer side of a picture in its cell

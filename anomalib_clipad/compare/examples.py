@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from anomalib_clipad.pictures.text import printable
+
 EXAMPLES = 6  # images shown of every category
 NORMAL = 2  # of them, where there are labels
 
@@ -86,25 +88,3 @@ def short_names(paths: Sequence[str]) -> list[str]:
     except ValueError:  # several drives, or relative and absolute ones
         return [printable(path) for path in paths]
     return [printable(Path(os.path.relpath(path, common or ".")).as_posix()) for path in paths]
-
-
-def printable(text: str) -> str:
-    r"""A text that any screen, table and picture takes: one line, without control characters or broken bytes.
-
-    Example:
-        >>> printable("metal nut"), printable("two\nlines")
-        ('metal nut', 'two\\nlines')
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def shortened(text: str, length: int = 40) -> str:
-    """A text with its middle left out where it is longer than ``length``.
-
-    Example:
-        >>> shortened("a" * 300, 9)
-        'aaaa…aaaa'
-    """
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 2]}…{text[-((length - 1) // 2) :]}"

@@ -1,77 +1,47 @@
-"""Every image of a comparison with what every model found in it, for a page to show."""
+"""Every image of a comparison with what every model found in it, as the page shows it."""
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from anomalib_clipad.compare.job_files import Kept
-from anomalib_clipad.engine.table import VERDICTS
+from anomalib_clipad.compare.progress import Tell, silent
+from anomalib_clipad.page import Finding, PageImage, shown_by_browsers, with_folders, write_thumbnail
 
 
-@dataclass(frozen=True)
-class Judged:
-    """An image as one model judged it.
-
-    Args:
-        score: On the common scale, 0.5 at the threshold, not clamped.
-        text: The model's own score.
-        heat: Its heat layer, relative to the comparison's folder, with slashes.
-        known: Whether the model has a threshold; without one 0.5 is no verdict.
-
-    Example:
-        >>> Judged(score=0.6, text="7.213", heat="jobs/SDP-nut-0123456789/heat/00000.png", known=True).text
-        '7.213'
-    """
-
-    score: float
-    text: str
-    heat: str
-    known: bool
-
-
-@dataclass
-class GalleryImage:
-    """An image and its verdicts.
-
-    Args:
-        path: Its file.
-        category: What it belongs to.
-        truth: "normal" or "anomalous"; None where that is not known.
-        judged: By the name of the model; a model that has skipped the image is missing.
-
-    Example:
-        >>> GalleryImage("a.png", "nut", "normal").judged
-        {}
-    """
-
-    path: str
-    category: str
-    truth: str | None
-    judged: dict[str, Judged] = field(default_factory=dict)
-
-
-def gallery(output: Path, rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept]) -> list[GalleryImage]:
-    """All images of a comparison, category by category, in the order of their paths.
+def page_images(
+    output: Path, rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept], tell: Tell = silent
+) -> list[PageImage]:
+    """All images of a comparison, with thumbnails; they are made where they are missing or older than the image.
 
     Args:
         output: Folder of the comparison.
         rows: A row a job; of several seeds of a model on a category, the first counts.
         kept: What the jobs kept, see :func:`anomalib_clipad.compare.predictions.read_kept`.
+        tell: Is told how many thumbnails there are.
 
     Example:
-        >>> gallery(Path("out"), [{"model": "SDP", "category": "nut", "key": "none"}], {})
+        >>> page_images(Path("out"), [{"model": "SDP", "category": "nut", "key": "none"}], {})
         []
     """
-    found: dict[tuple[str, str], GalleryImage] = {}
+    findings: dict[tuple[str, str], dict[str, Finding]] = {}
+    truths: dict[tuple[str, str], int | None] = {}
     for row in rows:
         if (one := kept.get(str(row["key"]))) is None:
             continue
-        model, category = str(row["model"]), str(row["category"])
         for path, image in one.images.items():
-            truth = None if image.label is None else VERDICTS[image.label]
-            entry = found.setdefault((category, path), GalleryImage(path, category, truth))
+            found = findings.setdefault((str(row["category"]), path), {})
             heat = image.heat.relative_to(output).as_posix()
-            entry.judged.setdefault(model, Judged(image.shown, f"{image.score:.6g}", heat, one.scales.score.known))
-    order = list(dict.fromkeys(category for category, _ in found))
-    return sorted(found.values(), key=lambda image: (order.index(image.category), image.path))
+            found.setdefault(str(row["model"]), Finding(image.shown, raw=f"{image.score:.6g}", heat=heat))
+            truths[str(row["category"]), path] = image.label
+    images = []
+    for number, ((category, path), found) in enumerate(sorted(findings.items())):
+        tell("thumbnails", number, len(findings))
+        file = Path(path)
+        original = os.path.relpath(file, output) if shown_by_browsers(file) else None
+        truth = truths[category, path]
+        images.append(
+            PageImage(path, category, truth, found, thumbnail=write_thumbnail(file, output), original=original)
+        )
+    return with_folders(images)

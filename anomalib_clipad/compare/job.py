@@ -23,7 +23,7 @@ from lightning.pytorch import seed_everything
 
 from anomalib_clipad.compare import job_files
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
-from anomalib_clipad.compare.examples import choose_examples, extremes, printable
+from anomalib_clipad.compare.examples import choose_examples, extremes
 from anomalib_clipad.compare.fingerprint import files_named, fingerprint
 from anomalib_clipad.compare.heat_layers import heat_layers
 from anomalib_clipad.compare.known import not_for_use
@@ -35,6 +35,7 @@ from anomalib_clipad.compare.shots import take
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import slug
+from anomalib_clipad.pictures.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ class CompareJob(Job):
             row |= {
                 "images": len(evaluator.paths),
                 "skipped": evaluator.skipped,
-                "images_per_second": len(evaluator.paths) / max(evaluator.seconds, 1e-9),
+                "images_per_second": evaluator.images_per_second(model),
                 "peak_memory_mib": memory.peak_mib(),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "device": torch.cuda.get_device_name() if self.accelerator == "cuda" else platform.machine(),
@@ -272,7 +273,7 @@ def category_of(data: Mapping[str, Any] | None, images: str | None) -> str:
 def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> AnomalibModule:
     """The model without measurements and pictures of its own."""
     model: Any = get_model(dict(config))
-    model.evaluator = model.visualizer = model.table = None
+    model.evaluator = model.visualizer = model.table = model.page = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from anomalib_clipad.compare.drawing import COLOURS, colours_of, labels_of, new_figure, plain
 from anomalib_clipad.compare.evaluator import METRICS
-from anomalib_clipad.compare.examples import shortened
+from anomalib_clipad.pictures.text import shortened
 
 OVER_SHOTS = ("image_AUROC", "pixel_AUROC", "pixel_AP", "pixel_AUPRO")
 

@@ -34,6 +34,7 @@ from anomalib_clipad.compare.tables import mean_table, skipped_images
 from anomalib_clipad.components.backbone import find_cached
 from anomalib_clipad.engine.table import NAME
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.page.page import NAME as PAGE
 
 
 class Compare(Pipeline):
@@ -89,7 +90,8 @@ class Compare(Pipeline):
                     f"The report could not be written ({error}); what was measured is kept, so start again after that."
                 )
                 raise InputError(msg) from error
-        say(f"Report: {output / 'report.md'}\nHeatmaps: {output / 'examples'}\nTable: {output / NAME}", stderr=False)
+        places = {"Report": "report.md", "Page": PAGE, "Heatmaps": "examples", "Table": NAME}
+        say("\n".join(f"{what}: {output / name}" for what, name in places.items()), stderr=False)
         for path, models in skipped_images(pd.DataFrame(rows)).items():
             say(f"Skipped, because it cannot be read: {path} ({', '.join(models)})")
         if failed := [row for row in rows if "error" in row]:

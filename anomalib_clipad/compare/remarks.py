@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from anomalib_clipad.compare.examples import printable
 from anomalib_clipad.compare.scale import ALL, Scales
+from anomalib_clipad.pictures.text import printable
 
 CHANCE = 0.5
 AUROCS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC"}

@@ -9,18 +9,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from anomalib_clipad.compare.drawing import draw_once
+from anomalib_clipad.compare.evaluator import METRICS
 from anomalib_clipad.compare.example_pictures import choose_rows, examples_figure
+from anomalib_clipad.compare.gallery import page_images
 from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.compare.known import PUBLISHED
 from anomalib_clipad.compare.markdown import markdown
 from anomalib_clipad.compare.metric_figures import categories_figure, means_figure, shots_figure, speed_figure
 from anomalib_clipad.compare.predictions import predictions, read_kept, write_predictions
 from anomalib_clipad.compare.progress import Tell, silent
-from anomalib_clipad.compare.remarks import scale_remarks
+from anomalib_clipad.compare.remarks import remarks, scale_remarks
 from anomalib_clipad.compare.score_figure import scores_figure
 from anomalib_clipad.compare.tables import done_jobs, first_seed, flat, means_of, over_shots
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import slug, write_atomically
+from anomalib_clipad.page import write_page
 
 Drawing = tuple[Path, Sequence[object], Callable[[], Figure]]  # a file, what it depends on, and how it is drawn
 
@@ -72,6 +75,14 @@ def write_report(
     if title:
         text += f"\n## Configuration\n```yaml\n{title.strip()}\n```\n"
     write_atomically(output / "report.md", text.encode(errors="backslashreplace"))
+    records = first.to_dict("records")
+    write_page(
+        output,
+        f"Comparison of {table['model'].nunique()} models",
+        page_images(output, records, kept, tell),
+        notes=[*remarks(rows), *scale_remarks(records)],
+        metrics=100 * means_of(done, metrics).rename(columns=METRICS).rename_axis("means in %") if metrics else None,
+    )
 
 
 def _metric_drawings(output: Path, done: pd.DataFrame, metrics: list[str]) -> list[Drawing]:

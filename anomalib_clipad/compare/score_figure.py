@@ -10,9 +10,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from anomalib_clipad.compare.drawing import COLOURS, new_figure
-from anomalib_clipad.compare.examples import shortened
 from anomalib_clipad.engine.table import VERDICTS
 from anomalib_clipad.pictures.heatmap import THRESHOLD
+from anomalib_clipad.pictures.text import shortened
 
 MOST_MODELS, MOST_CATEGORIES = 6, 8
 BINS = 24

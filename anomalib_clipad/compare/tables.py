@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from anomalib_clipad.compare.evaluator import METRICS
-from anomalib_clipad.compare.examples import printable
+from anomalib_clipad.pictures.text import printable
 
 
 def mean_table(rows: list[dict[str, Any]]) -> pd.DataFrame:

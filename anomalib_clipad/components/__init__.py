@@ -5,6 +5,7 @@ from anomalib_clipad.components.class_text_features import ClassTextFeatures
 from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.float32 import Float32Buffers
+from anomalib_clipad.components.image_size import keep_shape
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.reference import ReferenceBank
 from anomalib_clipad.components.representative_vector import select_representative_vector
@@ -19,6 +20,7 @@ from anomalib_clipad.components.scores import (
 from anomalib_clipad.components.smoothing import GaussianSmoothing
 from anomalib_clipad.components.surgery import feature_surgery
 from anomalib_clipad.components.text_encoder import TextEncoder
+from anomalib_clipad.components.tiling import Tiling
 
 __all__ = [
     "Backbone",
@@ -37,9 +39,11 @@ __all__ = [
     "ScoreFusion",
     "Scores",
     "TextEncoder",
+    "Tiling",
     "conformal_threshold",
     "feature_surgery",
     "fingerprint",
+    "keep_shape",
     "load_backbone",
     "open_backbone",
     "p_values",

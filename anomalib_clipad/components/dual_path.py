@@ -83,28 +83,33 @@ class DualPathVisionTransformer(nn.Module):
         """Native input size (height, width) of the tower, in pixels."""
         return tuple(self.visual.image_size)
 
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Number of patches (rows, columns) of an image of ``image_size`` (height, width) pixels.
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return tuple(self.visual.conv1.kernel_size)
+
+    def grid(self, image_size: tuple[int, int], name: str = "image_size") -> tuple[int, int]:
+        """Number of patches (rows, columns) of an image of ``image_size`` (height, width) pixels; ``name`` names it.
 
         Raises:
             InputError: If a side is not a multiple of the patch size, or there are more than 16384 patches.
         """
-        patch = self.visual.conv1.kernel_size
+        patch = self.patch_size
         sides = isinstance(image_size, tuple | list) and len(image_size) == 2
         if not sides or not all(isinstance(side, int) and side > 0 for side in image_size):
-            msg = f"image_size must be a height and a width, whole numbers of pixels above 0, got {image_size!r}."
+            msg = f"{name} must be a height and a width, whole numbers of pixels above 0, got {image_size!r}."
             raise InputError(msg)
         if any(side % step for side, step in zip(image_size, patch, strict=True)):
             msg = (
-                f"image_size must be a multiple of the tower's patch size {patch[0]} x {patch[1]}, "
-                f"got {image_size[0]} x {image_size[1]}; resize the images, or choose another image_size."
+                f"{name} must be a multiple of the tower's patch size {patch[0]} x {patch[1]}, "
+                f"got {image_size[0]} x {image_size[1]}; resize the images, or choose another {name}."
             )
             raise InputError(msg)
         rows, columns = image_size[0] // patch[0], image_size[1] // patch[1]
         if rows * columns > MOST_PATCHES:
             msg = (
-                f"image_size {image_size[0]} x {image_size[1]} makes {rows * columns} patches of {patch[0]} x "
-                f"{patch[1]} pixels, and at most {MOST_PATCHES} are possible; choose a smaller image_size."
+                f"{name} {image_size[0]} x {image_size[1]} makes {rows * columns} patches of {patch[0]} x "
+                f"{patch[1]} pixels, and at most {MOST_PATCHES} are possible; choose a smaller {name}."
             )
             raise InputError(msg)
         return rows, columns

@@ -5,12 +5,11 @@ The bank holds tokens of CLIP's own path, as in WinCLIP+ (arXiv 2303.14814), APR
 """
 
 import logging
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from anomalib.models.components.sampling import KCenterGreedy
 from torch.nn import functional as F
 
 from anomalib_clipad.components.float32 import Float32Buffers
@@ -19,6 +18,7 @@ from anomalib_clipad.errors import InputError
 logger = logging.getLogger(__name__)
 
 MOST_PATCHES = 10_000  # of a bank, a tap; 44 images at 240 pixels
+NEAR = 2  # patches, in rows and columns, from which on a patch lies outside of another's 3 x 3 neighbourhood
 CHUNK = 1024  # patches of a bank compared at once, which bounds the memory
 
 
@@ -42,6 +42,44 @@ def neighbourhood_means(patches: torch.Tensor, grid: tuple[int, int]) -> torch.T
     sums = rows @ patches.unflatten(1, grid).flatten(2)  # (B, rows, columns * W)
     sums = columns @ sums.unflatten(2, (grid[1], -1))  # (B, rows, columns, W)
     return F.normalize(sums.flatten(1, 2), dim=-1)
+
+
+class ReferenceTokens:
+    """Tokens of normal images, collected batch by batch for :meth:`ReferenceBank.fit`.
+
+    Example:
+        >>> tokens = ReferenceTokens()
+        >>> for turn in (0, 1, 0, 1):
+        ...     tokens.add(turn, [torch.randn(2, 13, 8), torch.randn(2, 13, 8)])
+        >>> [tap.shape for tap in tokens.taps()]
+        [torch.Size([8, 13, 8]), torch.Size([8, 13, 8])]
+    """
+
+    def __init__(self) -> None:
+        self._turns: dict[int, list[list[torch.Tensor]]] = {}
+
+    def add(self, turn: int, original: list[torch.Tensor]) -> None:
+        """Add a batch, of images as they are if ``turn`` is 0: one (b, N + 1, W) tensor a tap."""
+        self._turns.setdefault(turn, []).append(original)
+
+    def taps(self) -> list[torch.Tensor]:
+        """One tensor a tap, images as they are first."""
+        batches = [batch for _, turned in sorted(self._turns.items()) for batch in turned]
+        return [torch.cat(tap) for tap in zip(*batches, strict=True)]
+
+
+def turns(images: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Images as they are, then flipped and turned: eight ways, four if they are not square.
+
+    Example:
+        >>> len(list(turns(torch.rand(1, 3, 8, 8)))), len(list(turns(torch.rand(1, 3, 8, 16))))
+        (8, 4)
+    """
+    square = images.shape[-2] == images.shape[-1]
+    for quarters in range(4) if square else (0, 2):
+        turned = images.rot90(quarters, (-2, -1))
+        yield turned
+        yield turned.flip(-1)
 
 
 class ReferenceBank(Float32Buffers):
@@ -98,39 +136,58 @@ class ReferenceBank(Float32Buffers):
         self.patches, self.means, self.bank = self.patches[:0], self.means[:0], self.bank[:, :, :0]
 
     @torch.no_grad()
-    def fit(self, original: Sequence[torch.Tensor], images: int | None = None) -> torch.Tensor:
+    def fit(
+        self, original: Sequence[torch.Tensor], images: int | None = None, places: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Take over the patches of normal images.
 
         Args:
-            original: One (views * k, N + 1, W) tensor a tap, tokens of CLIP's own path, class token first: k images as
-                they are, then the same k in other views, such as flipped.
+            original: One (turns * k * parts, N + 1, W) tensor a tap, tokens of CLIP's own path, class token first: the
+                parts of k images as they are, then of the same k images turned or flipped.
             images: Number k of images; all are images of their own by default.
+            places: (parts * N, 2), where the patches of an image's parts are, in rows and columns of patches; by
+                default an image is one part.
 
         Returns:
-            (k, N) distances of every image's patches from those of the other images. A single image has no others:
-            each patch is then compared with the image's patches outside of its own 3 x 3 neighbourhood.
+            (k * parts, N) distances of every image's patches from those of the other images. A single image has no
+            others: each patch is then compared with the image's patches outside of its own 3 x 3 neighbourhood.
 
         Raises:
             InputError: If the tokens are of another shape, or not finite.
         """
         self._check(original)
-        total, count = original[0].shape[0], self.grid[0] * self.grid[1]
-        images = images or total
+        count = self.grid[0] * self.grid[1]
+        places = _grid_places(self.grid) if places is None else places
+        parts = len(places) // count
+        images = images or original[0].shape[0] // parts
         self.patches = torch.stack([_unit(tokens) for tokens in original], dim=2).flatten(0, 1).half()
         self.means = self.patches[:0]
-        owner = (torch.arange(total, device=self.patches.device) % images).repeat_interleave(count)
+        number = torch.arange(len(self.patches), device=self.patches.device)
         self._prepare()
-        whole = self.bank[:, :, : images * count].unflatten(2, (images, count))  # (2, taps, k, N, W)
+        whole = self.bank[:, :, : images * len(places)].unflatten(2, (-1, count))  # (2, taps, k * parts, N, W)
         if len(self.patches) > self.max_patches:
-            kept = self._coreset()
+            number = self._coreset()
             # Of some patches the neighbours are gone, so the means are kept too.
-            means = self.bank[1].transpose(0, 1)[kept].half()
-            self.patches, self.means, owner = self.patches[kept], means, owner[kept]
+            means = self.bank[1].transpose(0, 1)[number].half()
+            self.patches, self.means = self.patches[number], means
             self._prepare()
-        if images == 1:
-            return self._distance(whole[:, :, :1], whole[:, :, 0], ~self._near())
-        others = (owner != torch.arange(images, device=owner.device)[:, None])[:, None]  # (k, 1, M)
-        return torch.cat([self._distance(whole[:, :, k : k + 1], self.bank, others[k]) for k in range(images)])
+        places = places.to(number.device)
+        owner = number // len(places) % images
+        place = places[number % len(places)]
+
+        def comparable(part: int) -> torch.Tensor:
+            if images > 1:
+                return (owner != part // parts)[None]  # (1, M)
+            ours = places.unflatten(0, (parts, count))[part]
+            near = ((ours[:, None] - place).abs() < NEAR).all(dim=-1)  # (N, M)
+            return ~near & (number < len(places))
+
+        return torch.cat(
+            [
+                self._distance(whole[:, :, part : part + 1], self.bank, comparable(part))
+                for part in range(whole.shape[2])
+            ]
+        )
 
     def forward(self, original: Sequence[torch.Tensor]) -> torch.Tensor:
         """Distances of the patches of images.
@@ -171,11 +228,6 @@ class ReferenceBank(Float32Buffers):
                 total = total + (1 - largest)
         return 0.5 * total / (bank.shape[0] * bank.shape[1])
 
-    def _near(self) -> torch.Tensor:
-        """(N, N), whether two patches of an image are the same or neighbours."""
-        rows, columns = (_near(side, self.bank) for side in self.grid)
-        return torch.kron(rows, columns).bool()
-
     def _prepare(self) -> None:
         """Make what is compared from what is kept."""
         taps, width = self.patches.shape[1:]
@@ -189,6 +241,9 @@ class ReferenceBank(Float32Buffers):
 
     def _coreset(self) -> torch.Tensor:
         """Numbers of the patches to keep, which are spread over all there are; the same ones each time."""
+        # Here, because anomalib.models imports our models (see ``plugin``), which need this file.
+        from anomalib.models.components.sampling import KCenterGreedy
+
         logger.info("Choosing %d of %d patches of the references.", self.max_patches, len(self.patches))
         features = self.bank[0].transpose(0, 1).flatten(1)
         with torch.random.fork_rng(devices=[features.device] if features.device.type == "cuda" else []):
@@ -219,6 +274,11 @@ class ReferenceBank(Float32Buffers):
             state_dict.setdefault(prefix + name, getattr(self, name)[:0])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._prepare()
+
+
+def _grid_places(grid: tuple[int, int]) -> torch.Tensor:
+    """(N, 2), rows and columns of a grid's patches."""
+    return torch.cartesian_prod(*(torch.arange(side) for side in grid)).float()
 
 
 def _near(length: int, like: torch.Tensor) -> torch.Tensor:

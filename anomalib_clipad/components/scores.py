@@ -220,10 +220,19 @@ class ReferenceFusion(Float32Buffers):
         return (units / (1 + units.abs() / LIMIT)).sum(dim=-1)
 
     @staticmethod
-    def map_score(anomaly_map: torch.Tensor) -> torch.Tensor:
-        """Mean of the largest tenth of a map: (B, H, W) to (B,)."""
+    def map_score(anomaly_map: torch.Tensor, area: int | None = None) -> torch.Tensor:
+        """Mean of the largest values of a map.
+
+        Args:
+            anomaly_map: (B, H, W).
+            area: Pixels of which a tenth is looked at; all by default. A tile's, where a defect is to be found that is
+                small beside the picture.
+
+        Returns:
+            (B,).
+        """
         pixels = anomaly_map.flatten(1)
-        return pixels.topk(max(1, round(LARGEST_SHARE * pixels.shape[1])), dim=1).values.mean(dim=1)
+        return pixels.topk(max(1, round(LARGEST_SHARE * (area or pixels.shape[1]))), dim=1).values.mean(dim=1)
 
     def fuse_scores(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
         """The image score, (B,): the map's score and half of the text score's logit in its unit."""

@@ -27,6 +27,7 @@ class ZeroShotItem(ImageItem):
     raw_score: torch.Tensor | None = None
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
+    picture: str | None = None
 
     @classmethod
     def of(cls, item: ImageItem) -> "ZeroShotItem":
@@ -51,6 +52,7 @@ class ZeroShotBatch(ImageBatch):
         raw_score: (B,) score before the post-processor clamps it, for the metrics.
         raw_map: (B, H, W) map before the post-processor clamps it, for the metrics.
         p_value: (B,) share of normal images that score as high, where scores of normal images are known.
+        picture: File of each image's picture, relative to the folder of the run.
 
     Example:
         >>> batch = ZeroShotBatch(image=torch.zeros(2, 3, 8, 8), class_index=torch.tensor([0, 1]))
@@ -68,6 +70,7 @@ class ZeroShotBatch(ImageBatch):
     raw_score: torch.Tensor | None = None
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
+    picture: list[str] | None = None
 
     @classmethod
     def of(cls, batch: ImageBatch) -> "ZeroShotBatch":

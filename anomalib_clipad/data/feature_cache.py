@@ -111,6 +111,10 @@ class CachedFeatures(Dataset):
         """Path of an image."""
         return self.data.path(self.indices[position])
 
+    def files(self, position: int) -> list[Path]:
+        """Path of an image, and of its mask where there is one."""
+        return self.data.files(self.indices[position])
+
     def __getitem__(self, position: int) -> ZeroShotItem:
         index = self.indices[position]
         entry = self.entries[index] if self.folder is None else load_file(self._file(self.folder, index))

@@ -58,6 +58,23 @@ def scale_to_unit(pixels: np.ndarray, sixteen_bit: bool = False) -> np.ndarray:
     return np.clip(pixels.astype(np.float64) / white, 0, 1).astype(np.float32)
 
 
+def deep_pixels(image: Image.Image) -> np.ndarray:
+    """Pixels of an image of one channel with more than 8 bits, see :func:`scale_to_unit`.
+
+    Args:
+        image: Of one of the modes ``DEEP``, as it was opened.
+
+    Returns:
+        (H, W) float32 in [0, 1].
+
+    Example:
+        >>> deep_pixels(Image.fromarray(np.full((1, 2), 65535, dtype=np.uint16))).tolist()
+        [[1.0, 1.0]]
+    """
+    # A PNG has at most 16 bits, whichever mode Pillow opens it in.
+    return scale_to_unit(np.asarray(image), image.mode in SIXTEEN_BIT or image.format == "PNG")
+
+
 class _Indexed(Protocol):
     """A data set that gives items by number."""
 
@@ -209,21 +226,30 @@ class _SkippingCollate:
 
 def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
     with Image.open(path) as image:  # only the header is read
-        if _is_rotated(image, path):
+        if is_rotated(image, path):
             # Pillow 13 turns a TIFF when it decodes it, and scrambles one of one channel without compression.
             how = "may be read wrongly" if image.format == "TIFF" else "scored as stored"
             logger.warning("%s is stored rotated and %s; save it upright if that is not meant.", path, how)
         if image.mode in DEEP:
-            # A PNG has at most 16 bits, whichever mode Pillow opens it in.
-            sixteen_bit = image.mode in SIXTEEN_BIT or image.format == "PNG"
-            grey = torch.from_numpy(scale_to_unit(np.asarray(image), sixteen_bit))
+            grey = torch.from_numpy(deep_pixels(image))
             transform = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
             pixels = ImageTensor(grey.expand(3, -1, -1))
             item.image = transform(pixels) if transform else pixels
     return item
 
 
-def _is_rotated(image: Image.Image, path: Path) -> bool:
+def is_rotated(image: Image.Image, path: Path) -> bool:
+    """Whether an image's EXIF says that it is to be shown in another orientation than it is stored in.
+
+    Args:
+        image: Opened; its pixels need not be read.
+        path: Its file.
+
+    Example:
+        >>> with Image.open(image_folder / "a.png") as image:
+        ...     is_rotated(image, image_folder / "a.png")
+        False
+    """
     if image.format == "PNG" and "exif" not in image.info:
         # EXIF may follow the pixels, and Pillow would decode them all to find it.
         content = path.read_bytes()

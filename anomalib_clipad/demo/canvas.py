@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+Relief = tuple[np.ndarray, np.ndarray | None]  # (S, S) in [0, 1], and where the object is if it does not fill the image
+
 
 class Style(NamedTuple):
     """What the images of one category have in common.

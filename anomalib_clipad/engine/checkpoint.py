@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from anomalib_clipad.components import PromptEnsemble, fingerprint
+from anomalib_clipad.components import PromptEnsemble, ReferenceBank, fingerprint
 from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.errors import InputError
@@ -35,8 +35,9 @@ MOVED = {"model.score_min": "model.fusion.score_min", "model.score_max": "model.
 MAY_BE_NAN = ("model.fusion.", "post_processor.")
 # Of any number, and of values that earlier versions did not have.
 SCORES_OF_NORMAL = ("post_processor.good_scores", "post_processor.normal")
-GROWING = ("model.text_features", "model.references.patches", "model.references.means", *SCORES_OF_NORMAL)
-SINCE_REFERENCES = ("model.references.", "model.reference_fusion.", *SCORES_OF_NORMAL)
+BANKS = ("model.references.", "model.tile_references.")
+GROWING = ("model.text_features", *(bank + name for bank in BANKS for name in ReferenceBank.growing), *SCORES_OF_NORMAL)
+SINCE_REFERENCES = (*BANKS, "model.reference_fusion.", *SCORES_OF_NORMAL)
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
 
 
@@ -87,6 +88,11 @@ class CheckpointMixin(_Module):
     model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
     restored: bool = False  # whether text vectors and thresholds came with a checkpoint
+    automatic_size: bool
+
+    def restore_size(self, identity: Mapping[str, Any]) -> None:
+        """Take over the size of the input; for the models to fill."""
+        raise NotImplementedError
 
     def identify(self, visual: nn.Module) -> None:
         """Remember which CLIP this is."""
@@ -94,12 +100,14 @@ class CheckpointMixin(_Module):
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
+        tile_size = self.model.tile_size
         return {
             "model": type(self).__name__,
             "backbone": str(self.hparams.get("backbone")),
             "weights": self.fingerprint,
             "layers": list(self.model.visual.layers),
             "image_size": list(self.model.image_size),
+            "tiles": None if tile_size is None else [*tile_size, self.model.tile_overlap],
         }
 
     @classmethod
@@ -148,6 +156,8 @@ class CheckpointMixin(_Module):
             raise InputError(msg)
         own = self.identity()
         differing = [key for key in own if found.get(key) != own[key]]
+        if self.automatic_size and "image_size" in differing:
+            differing.remove("image_size")  # taken over below
         if differing and differing != ["backbone"]:  # the same weights under another name are the same CLIP
             sides = "; ".join(f"{key} was {found.get(key)!r}, here it is {own[key]!r}" for key in differing)
             msg = f"The checkpoint does not fit this model: {sides}; give the model the arguments it was made with."
@@ -158,6 +168,7 @@ class CheckpointMixin(_Module):
         except UNREADABLE as error:
             problem = f"has settings of a component that cannot be used ({type(error).__name__})"
             raise damaged(problem) from error
+        self.restore_size(found)
         names = found.get("class_names", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             problem = f"has the classes {names!r}"

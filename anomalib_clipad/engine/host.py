@@ -3,7 +3,7 @@
 A run enters them through :class:`RunGuard`, which also ends them when the run fails.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.engine.checkpoint import CheckedCheckpointIO
-from anomalib_clipad.engine.table import PredictionTable
 
 LOOPS = {
     TrainerFn.FITTING: "fit_loop",
@@ -31,10 +30,27 @@ LOOPS = {
 
 def datamodule_of(trainer: Trainer) -> AnomalibDataModule | None:
     """The data module of the present run; ``trainer.datamodule`` may be that of an earlier one."""
-    if trainer.state.fn is None:
-        return None
-    source = getattr(trainer, LOOPS[trainer.state.fn])._data_source.instance
+    source = _source_of(trainer)
     return source if isinstance(source, AnomalibDataModule) else None
+
+
+def datasets_of(trainer: Trainer) -> list[Any]:
+    """The data sets of the present run, normal training images first."""
+    source = _source_of(trainer)
+    if isinstance(source, AnomalibDataModule):
+        return datasets_in(source)
+    loaders = source if isinstance(source, list | tuple) else [source]
+    return [loader.dataset for loader in loaders if isinstance(loader, DataLoader)]
+
+
+def datasets_in(datamodule: AnomalibDataModule) -> list[Any]:
+    """The data sets of a data module that was set up, normal training images first."""
+    subsets = (getattr(datamodule, name, None) for name in ("train_data", "val_data", "test_data"))
+    return [subset for subset in subsets if subset is not None]
+
+
+def _source_of(trainer: Trainer) -> object:
+    return None if trainer.state.fn is None else getattr(trainer, LOOPS[trainer.state.fn])._data_source.instance
 
 
 def drop_components_of_other_models(trainer: Trainer) -> None:
@@ -44,7 +60,7 @@ def drop_components_of_other_models(trainer: Trainer) -> None:
     two models at once if their classes differ. Users give these kinds to the model; an evaluator of a class of its own
     may be the engine's and stays.
     """
-    kinds = (PreProcessor, PostProcessor, Visualizer, RunGuard, PredictionTable)
+    kinds = (PreProcessor, PostProcessor, Visualizer, RunGuard)
     _keep_callbacks(trainer, lambda callback: not isinstance(callback, kinds) and type(callback) is not Evaluator)
 
 
@@ -115,32 +131,26 @@ def no_validation(trainer: Trainer) -> Iterator[None]:
         trainer.limit_val_batches = limit
 
 
-@contextmanager
-def own_callbacks(trainer: Trainer, model: LightningModule) -> Iterator[None]:
-    """Take the model's callbacks out of the trainer again, so that the next model on one engine runs without them."""
-    ours = {id(component) for component in model.children() if isinstance(component, Callback)}
-    try:
-        yield
-    finally:
-        cast("Any", trainer).callbacks = [
-            callback for callback in cast("Any", trainer).callbacks if id(callback) not in ours
-        ]
-
-
 class RunGuard(Callback):
     """Enters the context managers of this file at the start of a run, and leaves them at its end.
 
+    It then takes the model's callbacks out of the trainer, so that the next model on one engine runs without them.
+
+    Args:
+        callbacks: The model's.
+
     Example:
-        >>> RunGuard().state_key
+        >>> RunGuard([]).state_key
         'RunGuard'
     """
 
-    def __init__(self) -> None:
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._stack = ExitStack()
+        self._ours = {id(callback) for callback in (self, *callbacks)}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the trainer."""
-        self._stack.enter_context(own_callbacks(trainer, pl_module))
+        del pl_module
         self._stack.enter_context(readable_images(trainer))
         self._stack.enter_context(checked_checkpoints(trainer))
         self._stack.enter_context(own_figures(trainer))
@@ -152,7 +162,7 @@ class RunGuard(Callback):
         """Leave the trainer as it was."""
         del pl_module, stage
         self._stack.close()
-        _keep_callbacks(trainer, lambda callback: callback is not self and not isinstance(callback, PredictionTable))
+        _keep_callbacks(trainer, lambda callback: id(callback) not in self._ours)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise after a failure."""

@@ -16,18 +16,23 @@ from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
-from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
+from anomalib_clipad.components import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
+from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
-from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor
+from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.engine.run_folder import RunFolder
+from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
+from anomalib_clipad.engine.visualizer import ClipAdVisualizer
 
 if TYPE_CHECKING:
     _Module = AnomalibModule
@@ -39,11 +44,12 @@ logger = logging.getLogger(__name__)
 FALLBACK_CLASS = "object"
 
 
-class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
+class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
     class_name: str | None
     table: PredictionTable | None  # None for no table
+    page: PageWriter | None  # None for no page
     # Score ranges, references and thresholds of classes that were set before, for when they are set again.
     _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]]]]
 
@@ -63,9 +69,8 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
         mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN,
         std: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD,
     ) -> ClipAdPreProcessor:
-        """Plain bicubic resize of the whole image, so that masks line up, and CLIP's normalisation."""
-        resize = Resize(image_size or (240, 240), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return ClipAdPreProcessor(transform=Compose([resize, Normalize(mean=mean, std=std)]))
+        """See :func:`anomalib_clipad.engine.pre_processing.clip_transform`."""
+        return ClipAdPreProcessor(transform=clip_transform(image_size or (240, 240), mean, std))
 
     @classmethod
     def components_for(
@@ -88,6 +93,11 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
         """The paper's metrics, see :func:`anomalib_clipad.engine.metrics.paper_evaluator`."""
         return paper_evaluator()
 
+    @classmethod
+    def configure_visualizer(cls) -> ClipAdVisualizer:  # type: ignore[override]  # of the base class that anomalib asks for
+        """Pictures on a fixed scale, under score and verdict."""
+        return ClipAdVisualizer()
+
     def adopt(
         self,
         network: ZeroShotNetwork,
@@ -96,11 +106,14 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
         few_shot_source: str | Path | None = None,
         false_alarm_rate: float | None = None,
         augment_references: bool = False,
+        single_pass: bool = True,
     ) -> None:
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
-        self.table = PredictionTable()
+        self.table, self.page = PredictionTable(), PageWriter()
         self.class_name = class_name
+        self.adopt_size(self.hparams.get("image_size"))
+        self.adopt_single_pass(single_pass)
         self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
         self._blank = [_copy(module.state_dict()) for module in self._calibrated()]
         self._statistics = {}
@@ -111,8 +124,12 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """The model's components, and what leaves the trainer as it was."""
         drop_components_of_other_models(self.trainer)
-        table = [] if self.table is None else [self.table]
-        return [RunGuard(), *cast("Sequence[Callback]", super().configure_callbacks()), *table]
+        callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
+        # Behind the visualizer, whose pictures the table names.
+        callbacks += [writer for writer in (self.table, self.page) if writer is not None]
+        if any(isinstance(callback, PredictionTable | PageWriter | ClipAdVisualizer) for callback in callbacks):
+            callbacks.insert(0, RunFolder())
+        return [RunGuard(callbacks), *callbacks]
 
     def on_validation_start(self) -> None:
         """See :meth:`prepare_classes`."""
@@ -131,14 +148,29 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
         datamodule = datamodule_of(self.trainer)
         self.choose_class(self.class_name or _class_of(datamodule))
         self.prepare_normal_images(datamodule)
+        self.begin_pass(datamodule, self._normal_key)
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
-        self.choose_class(self.class_name or _class_of(datamodule))
-        if datamodule is not None and self.k_shot and not self.restored and not hasattr(datamodule, "train_data"):
+        looks_at_data = (self.k_shot or self.automatic_size) and not self.restored
+        if datamodule is not None and looks_at_data and not hasattr(datamodule, "train_data"):
             datamodule.prepare_data()
             datamodule.setup()
+        self.find_size(datamodule)
+        self.choose_class(self.class_name or _class_of(datamodule))
         self.prepare_normal_images(datamodule)
+
+    def class_at_hand(self, datamodule: AnomalibDataModule | None) -> str:
+        """The argument, else the data's class, else the one that was used last."""
+        return self.class_name or _class_of(datamodule) or next(iter(self.model.class_names), FALLBACK_CLASS)
+
+    def leave_class(self) -> None:
+        """Keep what was measured on the present class for its return, and have none."""
+        network = self.model
+        if network.class_names:
+            states = [_copy(module.state_dict()) for module in self._calibrated()]
+            self._statistics[network.class_names] = (self._normal_key, states)
+            network.forget_classes()
 
     def choose_class(self, name: str | None) -> None:
         """Encode the prompts of a class, unless a checkpoint has brought its text vectors."""
@@ -159,24 +191,24 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
             )
             name = FALLBACK_CLASS
         if name is not None and network.class_names != (name,):
-            calibrated = self._calibrated()
-            if network.class_names:
-                states = [_copy(module.state_dict()) for module in calibrated]
-                self._statistics[network.class_names] = (self._normal_key, states)
+            self.leave_class()
             network.set_classes([name])
             self._normal_key, states = self._statistics.get((name,), (None, self._blank))
-            for module, state in zip(calibrated, states, strict=True):
+            for module, state in zip(self._calibrated(), states, strict=True):
                 module.load_state_dict(state)
 
     def _calibrated(self) -> list[nn.Module]:
         """What holds statistics of the classes at hand."""
         network = self.model
-        modules = (network.fusion, network.references, network.reference_fusion, self.post_processor)
+        references = (network.references, network.tile_references, network.reference_fusion)
+        modules = (network.fusion, *references, self.post_processor)
         return [module for module in modules if isinstance(module, nn.Module)]
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
         """Score images as they are: (B, 3, height, width) in [0, 1], see :meth:`choose_class` for the class."""
         if not self.model.class_names:
+            if not self._sizes:
+                self.find_size(None, (batch.shape[-2], batch.shape[-1]))
             self.choose_class(self.class_name)
         return super().forward(batch, *args, **kwargs)
 
@@ -189,22 +221,28 @@ class ZeroShotMixin(NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Modul
         return self.test_step(batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Score a batch, and keep the model's own scores on it for the metrics."""
+        """Score a batch, and keep the model's own map on it for the metrics."""
         scored = self.predict_step(batch, batch_idx, dataloader_idx)
-        scored.raw_score, scored.raw_map = scored.pred_score, scored.anomaly_map
+        scored.raw_map = scored.anomaly_map
         return cast("STEP_OUTPUT", scored)
 
     def predict_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> ZeroShotBatch:  # type: ignore[override]  # a batch is what anomalib returns too
-        """Score a batch."""
+        """Score a batch, and keep the model's own scores on it."""
         del batch_idx, dataloader_idx
-        ours, network = ZeroShotBatch.of(cast("ImageBatch", batch)), self.model
-        if ours.features is None:
-            scores = network.scores(cast("torch.Tensor", ours.image), ours.class_index)
-        else:
-            scores = network.scores_of(ours.features, ours.class_index)
-            ours.features = None  # not to be drawn, nor kept with the predictions
-        ours.update(**network.predictions(scores)._asdict())
+        ours = ZeroShotBatch.of(cast("ImageBatch", batch))
+        scores = self.kept_scores(ours)
+        if scores is None:
+            scores = self._scores(ours)
+            self.keep_scores(ours, scores)
+        ours.features = None  # not to be drawn, nor kept with the predictions
+        ours.update(**self.model.predictions(scores)._asdict())
+        ours.raw_score = ours.pred_score
         return ours
+
+    def _scores(self, batch: ZeroShotBatch) -> Scores:
+        if batch.features is not None:
+            return self.model.scores_of(batch.features, batch.class_index)
+        return self.model.scores(cast("torch.Tensor", batch.image), batch.class_index)
 
     def on_validation_batch_end(
         self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0

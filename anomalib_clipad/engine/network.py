@@ -30,9 +30,12 @@ class ZeroShotNetwork(Protocol):
         class_names: The classes that these belong to.
         fusion: One image score from two.
         references: Patches of normal images, if there are any.
+        tile_references: Likewise of their tiles, if pictures are cut into any.
         reference_fusion: One map and one score from two where there are references.
         map_scale: Where the map balances.
         image_size: Height and width of the input in pixels.
+        tile_size: Height and width of the tiles that the input is cut into; ``None`` if it is not.
+        tile_overlap: Share of a tile that the next one covers, too.
         mean: Mean of the input's channels.
         std: Standard deviation of the input's channels.
     """
@@ -44,10 +47,19 @@ class ZeroShotNetwork(Protocol):
     class_names: tuple[str, ...]
     fusion: ScoreFusion
     references: ReferenceBank
+    tile_references: ReferenceBank
     reference_fusion: ReferenceFusion
     image_size: tuple[int, int]
+    tile_size: tuple[int, int] | None
+    tile_overlap: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def set_image_size(self, image_size: tuple[int, int]) -> None:
+        """Take images of another size from now on."""
+
+    def keep_shape(self, height: int, width: int) -> tuple[int, int]:
+        """The image size that keeps the shape of a picture."""
 
     @property
     def map_scale(self) -> MapScale:

@@ -2,35 +2,27 @@
 
 import torch
 from anomalib.pre_processing import PreProcessor
-from torchvision.transforms.v2 import InterpolationMode, Resize
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
-CUBIC = -0.5  # the kernel's parameter where Pillow and torch smooth against aliasing
+from anomalib_clipad.components.resizing import bicubic_matrix
 
 
-def bicubic_matrix(length: int, size: int, device: torch.device | None = None) -> torch.Tensor:
-    """Antialiased bicubic resizing of a line of ``length`` values as a matrix.
+def clip_transform(
+    image_size: tuple[int, int], mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Compose:
+    """Plain bicubic resize of the whole image, so that masks line up, and CLIP's normalisation.
 
     Args:
-        length: Length of the line; may be a symbol while a model is exported.
-        size: Length wanted.
-        device: Where the matrix is made.
-
-    Returns:
-        (size, length) in float32; every row sums to 1.
+        image_size: Height and width wanted.
+        mean: Mean of the channels.
+        std: Standard deviation of the channels.
 
     Example:
-        >>> bicubic_matrix(4, 2).round(decimals=3)
-        tensor([[ 0.4590,  0.4590,  0.1200, -0.0370],
-                [-0.0370,  0.1200,  0.4590,  0.4590]])
+        >>> clip_transform((32, 48), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))(torch.rand(3, 50, 70)).shape
+        torch.Size([3, 32, 48])
     """
-    steps = torch.scalar_tensor(length, dtype=torch.float32, device=device) / size
-    centres = (torch.arange(size, dtype=torch.float32, device=device) + 0.5) * steps  # in pixels of the line
-    pixels = torch.arange(length, dtype=torch.float32, device=device) + 0.5
-    x = ((pixels - centres[:, None]) / steps.clamp(min=1)).abs()
-    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
-    far = ((CUBIC * x - 5 * CUBIC) * x + 8 * CUBIC) * x - 4 * CUBIC
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    return weights / weights.sum(dim=1, keepdim=True)
+    resize = Resize(image_size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return Compose([resize, Normalize(mean=mean, std=std)])
 
 
 class ClipAdPreProcessor(PreProcessor):
@@ -50,6 +42,10 @@ class ClipAdPreProcessor(PreProcessor):
         >>> torch.allclose(ClipAdPreProcessor(resize)(images), resize(images), atol=1e-5)
         True
     """
+
+    def take(self, transform: Transform) -> None:
+        """Prepare images by another transform from now on."""
+        PreProcessor.__init__(self, transform)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Prepare images outside the engine.

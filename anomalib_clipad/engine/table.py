@@ -2,20 +2,18 @@
 
 import csv
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 from scipy import ndimage
 
-from anomalib_clipad.data.batch import ZeroShotBatch
-from anomalib_clipad.data.readable import ReadableDataset
-from anomalib_clipad.errors import InputError
+from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.data.verdict import VERDICTS, Verdict, verdicts
+from anomalib_clipad.engine.run_folder import IMAGES, images_of, run_folder, writing
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +22,18 @@ BOX = ("left", "top", "right", "bottom")
 COLUMNS = (
     *("path", "class", "score", "threshold", "label", "p_value", "true_label", "marked_area"),
     *(f"box_{side}" for side in BOX),
-    "explanation",
+    *("picture", "explanation"),
 )
-VERDICTS = ("normal", "anomalous")
 MOST_NAMED = 5  # skipped images in the closing line
 
 
 class PredictionTable(Callback):
-    """Writes ``predictions.csv`` beside the pictures of a run, and says at its end what was found.
+    """Writes ``predictions.csv`` into the folder of a run, and says at its end what was found.
 
     A row has the image's path and class, its score, the threshold that it is compared with, label, p-value where
     scores of normal images are known, true label where it is known, the marked share of the image, the bounding box of
-    the largest marked region as fractions of width and height, and the batch's explanation. Rows are written batch by
+    the largest marked region as fractions of width and height, the file of its picture relative to the table where the
+    visualizer is ours, and the batch's explanation. Rows are written batch by
     batch, so an interrupted run leaves those of all images that it has scored.
 
     Example:
@@ -58,8 +56,8 @@ class PredictionTable(Callback):
         del pl_module
         self._close()
         self._paths, self._anomalous = [], 0
-        path = self.path(Path(trainer.default_root_dir), trainer.global_rank)
-        with _sentence(path):
+        path = self.path(run_folder(trainer), trainer.global_rank)
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
             csv.writer(self._file).writerow(COLUMNS)
@@ -74,11 +72,13 @@ class PredictionTable(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the rows of a batch."""
-        del batch, batch_idx, dataloader_idx
+        del batch, dataloader_idx
         if self._file is None:
             return
-        rows = list(_rows(cast("ZeroShotBatch", outputs), pl_module))
-        with _sentence(self.path(Path(trainer.default_root_dir), trainer.global_rank)):
+        ours, model = cast("ZeroShotBatch", outputs), cast("Any", pl_module)
+        said = verdicts(ours, model.model.class_names, model.post_processor, batch_idx)
+        rows = [_row(*pair) for pair in zip(said, ours.items, strict=True)]
+        with writing(self.path(run_folder(trainer), trainer.global_rank)):
             csv.DictWriter(self._file, COLUMNS).writerows(rows)
             self._file.flush()
         self._paths += [row["path"] for row in rows]
@@ -88,21 +88,23 @@ class PredictionTable(Callback):
         """Join the tables of several processes, and say what was found."""
         del pl_module
         self._close()
-        folder = Path(trainer.default_root_dir)
+        folder = run_folder(trainer)
         trainer.strategy.barrier("tables are written")
         if not trainer.is_global_zero:
             return
-        with _sentence(self.path(folder)):
+        with writing(self.path(folder)):
             for rank in range(1, trainer.world_size):
                 self._join(self.path(folder), self.path(folder, rank))
-        known = sorted(_images_of(trainer))
+        known = sorted(images_of(trainer))
         seen = set(self._paths)
         skipped = [path for path in known if path not in seen]
         words = f"{len(self._paths)} images, {self._anomalous} of them anomalous"
         if skipped:
             more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
             words += f"; {len(skipped)} skipped: {', '.join(skipped[:MOST_NAMED])}{more}"
-        logger.info("%s. Table: %s.", words, self.path(folder))
+        here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        pictures = f", {IMAGES}" if (folder / IMAGES).is_dir() else ""
+        logger.info("%s. Results in %s: %s%s.", words, here, NAME, pictures)
 
     on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
@@ -126,40 +128,23 @@ class PredictionTable(Callback):
             self._file = None
 
 
-@contextmanager
-def _sentence(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        msg = (
-            f"{path} cannot be written ({error.strerror or error}); what was written stays. Make room there, or set "
-            "default_root_dir to another folder."
-        )
-        raise InputError(msg) from error
-
-
-def _rows(batch: ZeroShotBatch, model: LightningModule) -> Iterator[dict[str, Any]]:
-    names = cast("Any", model).model.class_names
-    post_processor = cast("Any", model).post_processor
-    threshold = 1 - post_processor.image_sensitivity if isinstance(post_processor, PostProcessor) else None
-    for number, item in enumerate(batch.items):
-        label = None if item.pred_label is None else VERDICTS[int(item.pred_label)]
-        truth = None if item.gt_label is None else VERDICTS[int(item.gt_label)]
-        row = {
-            "path": str(item.image_path) if item.image_path else f"image {number}",
-            "class": names[int(item.class_index)] if item.class_index is not None else names[0],
-            "score": _number(item.pred_score),
-            "threshold": threshold if label is not None else None,
-            "label": label,
-            "p_value": _number(item.p_value),
-            "true_label": truth,
-            "explanation": item.explanation,
-        }
-        if item.pred_mask is not None:
-            mask = cast("torch.Tensor", item.pred_mask).detach().cpu().numpy().astype(bool)
-            row["marked_area"] = f"{mask.mean():.6f}"
-            row |= {f"box_{side}": f"{value:.4f}" for side, value in zip(BOX, largest_box(mask), strict=False)}
-        yield row
+def _row(verdict: Verdict, item: ZeroShotItem) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "path": verdict.path,
+        "class": verdict.class_name,
+        "score": _number(verdict.score),
+        "threshold": verdict.threshold,
+        "label": verdict.word,
+        "p_value": _number(verdict.p_value),
+        "true_label": verdict.true_word,
+        "picture": item.picture,
+        "explanation": verdict.explanation,
+    }
+    if item.pred_mask is not None:
+        mask = cast("torch.Tensor", item.pred_mask).detach().cpu().numpy().astype(bool)
+        row["marked_area"] = f"{mask.mean():.6f}"
+        row |= {f"box_{side}": f"{value:.4f}" for side, value in zip(BOX, largest_box(mask), strict=False)}
+    return row
 
 
 def largest_box(mask: np.ndarray) -> tuple[float, ...]:
@@ -186,14 +171,5 @@ def largest_box(mask: np.ndarray) -> tuple[float, ...]:
     return columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
 
 
-def _number(value: Any) -> str | None:  # noqa: ANN401 - a number or a tensor of one
-    return None if value is None else f"{float(value):.6g}"
-
-
-def _images_of(trainer: Trainer) -> Iterator[str]:
-    """Paths of all images that the run was to read, also of those that it could not."""
-    loaders: Any = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-        dataset = getattr(loader, "dataset", None)
-        if isinstance(dataset, ReadableDataset):
-            yield from dataset.image_paths()
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.6g}"

@@ -107,6 +107,12 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
                 "sdp_plus_train_visa.yaml."
             )
             raise InputError(msg)
+        if self.model.tile_size is not None:
+            msg = (
+                "SDP+ is trained on whole pictures, since its layers look at single patches; train without tile_size, "
+                "and give the layers as adapter to a model with tiles."
+            )
+            raise InputError(msg)
         self.trained_on = list(data.class_names)
         self.model.set_classes(data.class_names)
         data.cache(self._taps, f"{self.fingerprint} {self.model.visual.layers} {self.model.image_size}")

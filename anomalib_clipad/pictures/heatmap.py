@@ -5,12 +5,13 @@ grey. Their opacity grows with the value, so that a normal image looks as it is.
 """
 
 from functools import cache
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy import ndimage
+
+from anomalib_clipad.pictures.text import font
 
 THRESHOLD = 0.5
 COLOURS = "inferno"
@@ -101,21 +102,24 @@ def outline(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int] =
         >>> drawn.getpixel((0, 0)), drawn.getpixel((5, 5)), drawn.getpixel((10, 5))
         ((128, 128, 128), (128, 128, 128), (0, 0, 0))
     """
-    marked = Image.fromarray(np.asarray(mask).astype(bool).astype(np.uint8))
-    sized = np.asarray(marked.resize(image.size, Image.Resampling.NEAREST)).astype(bool)
-    cross = ndimage.generate_binary_structure(2, 2)
-    inner = sized & ~ndimage.binary_erosion(sized, cross, LINE, border_value=1)
-    outer = ndimage.binary_dilation(sized, cross, LINE) & ~sized
+    marked = Image.fromarray(255 * np.asarray(mask).astype(bool).astype(np.uint8))
+    sized = np.asarray(marked.resize(image.size, Image.Resampling.BILINEAR)) >= 128  # bilinear, so without steps
     pixels = np.array(image.convert("RGB"))
-    pixels[inner], pixels[outer] = colour, (0, 0, 0)
+    if sized.any():
+        rows, columns = (np.flatnonzero(sized.any(axis=axis)) for axis in (1, 0))
+        window = tuple(slice(max(int(found[0]) - LINE, 0), int(found[-1]) + LINE + 1) for found in (rows, columns))
+        part, reach = sized[window], 2 * LINE + 1
+        pixels[window][part & ~ndimage.minimum_filter(part, reach, mode="nearest")] = colour
+        pixels[window][ndimage.maximum_filter(part, reach, mode="nearest") & ~part] = (0, 0, 0)
     return Image.fromarray(pixels)
 
 
-def legend(width: int = 240) -> Image.Image:
+def legend(width: int = 240, threshold: float | None = THRESHOLD) -> Image.Image:
     """The colours over grey, with the ends of the scale and the threshold.
 
     Args:
         width: In pixels, at least 160.
+        threshold: Where it is marked, in [0, 1]; None for maps without one.
 
     Example:
         >>> legend(200).size
@@ -126,18 +130,12 @@ def legend(width: int = 240) -> Image.Image:
     layer = heat_layer(np.tile(np.linspace(0, 1, width), (bar, 1))).convert("RGBA")
     picture.paste(Image.alpha_composite(Image.new("RGBA", layer.size, (190, 190, 190, 255)), layer).convert("RGB"))
     draw = ImageDraw.Draw(picture)
-    draw.line([(width // 2, 0), (width // 2, bar + 2)], "black")
-    for x, anchor, words in ((0, "lt", "0"), (width // 2, "mt", "0.5 = threshold"), (width - 1, "rt", "1")):
-        draw.text((x, bar + 4), words, "black", text, anchor=anchor)
+    draw.text((0, bar + 4), "0", "black", text, anchor="lt")
+    draw.text((width - 1, bar + 4), "1", "black", text, anchor="rt")
+    if threshold is not None:
+        words = f"{threshold:.4g} = threshold"
+        room = text.getlength(words) / 2 + 12  # beside the ends of the scale
+        place = min(max(threshold, 0), 1) * (width - 1)
+        draw.line([(place, 0), (place, bar + 2)], "black")
+        draw.text((min(max(place, room), width - 1 - room), bar + 4), words, "black", text, anchor="mt")
     return picture
-
-
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of all pictures: matplotlib's own DejaVu Sans, which is on every machine and has most scripts' letters.
-
-    Example:
-        >>> font(12).getname()[0]
-        'DejaVu Sans'
-    """
-    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

@@ -33,9 +33,16 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         prompts: Prompt ensemble: industrial (the paper's), medical (ours), the path of a YAML file, or a mapping with
             normal_states, anomalous_states and templates.
         image_size: Side of the input in pixels, or height and width; multiples of the patch size. By default the
-            backbone's own; others by interpolated position embeddings.
-        sigma: Standard deviation, in pixels, of the smoothing of the anomaly map. By default 8 at 240 pixels and in
-            proportion at other sizes.
+            backbone's own; others by interpolated position embeddings. auto keeps the shape of the pictures at about
+            the backbone's own number of patches, from the first one of a class; auto:2.5 is the shape of pictures that
+            are 2.5 times as wide as high.
+        sigma: Standard deviation, in pixels, of the smoothing of the anomaly map. By default 8 at 240 x 240 pixels, and
+            in proportion to the square root of the area at other sizes.
+        tile_size: Side in pixels, or height and width, of tiles that pictures of image_size are cut into, so that small
+            defects of large pictures are found; the backbone's own size is the sensible one. None for no tiles. Beside
+            the tiles, the whole picture is looked at in the size of a tile.
+        tile_overlap: Share of a tile that the next one covers, too, at least; 0 to 0.9.
+        tile_batch_size: Most tiles that go through the backbone at once, which bounds the memory.
         k_shot: Number of normal images to compare with, drawn by the seed from the data's training split or from
             few_shot_source. With 0, none, or all of few_shot_source where it is given.
         few_shot_source: Folder of normal images to compare with.
@@ -44,10 +51,12 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         false_alarm_rate: Share of normal images that may be called anomalous, such as 0.05. The thresholds are then set
             from the scores of normal images alone: those of the training split, of few_shot_source and of the
             validation data.
+        single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
+            figures are the same, in half the time.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
         evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
-        visualizer: Visualizer, or whether to use anomalib's default.
+        visualizer: Visualizer, or whether to draw pictures.
 
     Raises:
         InputError: If an argument cannot be used; weights that cannot be had are named with the ways out.
@@ -68,13 +77,17 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         layers: list[int] | None = None,
         rvs: str | dict[str, Any] = "dbscan",
         prompts: str | dict[str, Any] = "industrial",
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | str | None = None,
         sigma: float | None = None,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_overlap: float = 0.25,
+        tile_batch_size: int = 8,
         k_shot: int = 0,
         few_shot_source: str | Path | None = None,
         augment_references: bool = False,
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
+        single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -88,7 +101,10 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
             prompts=prompts,
             image_size=image_size,
             sigma=sigma,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
+            tile_batch_size=tile_batch_size,
             max_references=max_references,
         )
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
-        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references)
+        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)

@@ -4,7 +4,8 @@ CLIP-AD (arXiv 2311.00453), section 3. Nothing is trained.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import cast
 
 import open_clip
@@ -14,29 +15,32 @@ from torch.nn import functional as F
 
 from anomalib_clipad.components import (
     Backbone,
-    ClassTextFeatures,
     DualPathFeatures,
     DualPathVisionTransformer,
-    GaussianSmoothing,
     OpenedBackbone,
     PromptEnsemble,
     ReferenceBank,
     ReferenceFusion,
     TextEncoder,
+    Tiling,
     feature_surgery,
+    keep_shape,
     open_backbone,
 )
+from anomalib_clipad.components.image_size import parse_image_size
 from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
 from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.components.text_encoder import Tokenizer
+from anomalib_clipad.components.tiling import ViewScores, check_tiles
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.sdp.few_shot import FewShotNetwork
 
 PAPER_SIGMA, PAPER_SIZE = 8.0, 240  # the smoothing belongs to this input size
 
 
-class ClipAdSdpModel(ClassTextFeatures):
+class ClipAdSdpModel(FewShotNetwork):
     """SDP: staged dual path, feature surgery and text vectors chosen by RVS.
 
     Args:
@@ -46,8 +50,14 @@ class ClipAdSdpModel(ClassTextFeatures):
         layers: Blocks to tap; the ends of the four stages by default.
         rvs: How the text vectors are chosen: a method's name, or a mapping of ``method`` and its options.
         prompts: Prompt ensemble, see :meth:`anomalib_clipad.components.PromptEnsemble.from_config`.
-        image_size: Side, or height and width, of the input in pixels; the tower's own by default.
-        sigma: Standard deviation of the map's smoothing in pixels; 8 at 240 pixels by default, in proportion.
+        image_size: Side, or height and width, of the input in pixels; the tower's own by default. ``auto:2.5`` keeps
+            the shape of pictures that are 2.5 times as wide as high, see :meth:`keep_shape`.
+        sigma: Standard deviation of the map's smoothing in pixels; by default 8 at 240 x 240 pixels, and in proportion
+            to the square root of the area.
+        tile_size: Side, or height and width, of tiles that images are cut into; none by default. See
+            :class:`anomalib_clipad.components.Tiling` and :meth:`scores`.
+        tile_overlap: Share of a tile that the next one covers, too, at least.
+        tile_batch_size: Most tiles that go through the tower at once.
         max_references: Most patches of references a tap, see :class:`anomalib_clipad.components.ReferenceBank`.
         clip: A ready open_clip model to use instead of loading one. Its vision tower is frozen and set to eval mode in
             place: give a copy of a CLIP that is still being trained.
@@ -77,8 +87,11 @@ class ClipAdSdpModel(ClassTextFeatures):
         layers: list[int] | None = None,
         rvs: str | Mapping[str, str | float] = "dbscan",
         prompts: str | Mapping[str, Sequence[str]] | PromptEnsemble = "industrial",
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | str | None = None,
         sigma: float | None = None,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_overlap: float = 0.25,
+        tile_batch_size: int = 8,
         max_references: int = MOST_PATCHES,
         clip: nn.Module | None = None,
         tokenizer: Tokenizer | None = None,
@@ -96,13 +109,14 @@ class ClipAdSdpModel(ClassTextFeatures):
         super().__init__(encoder, visual.embed_dim, ensemble, options)
         self.mean, self.std = loaded.mean, loaded.std
         self.visual = visual.eval().requires_grad_(requires_grad=False)
-        self.image_size = _pair(image_size) if image_size else self.visual.image_size
-        self.grid = self.visual.grid(self.image_size)
-        self.sigma = PAPER_SIGMA * self.image_size[0] / PAPER_SIZE if sigma is None else sigma
-        self.smoothing = GaussianSmoothing(self.image_size, self.sigma)
         self.fusion = ScoreFusion(self.map_scale)
-        self.references = ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, max_references)
         self.reference_fusion = ReferenceFusion()
+        self._sigma, self._max_references = sigma, max_references
+        check_tiles(image_size, tile_size, tile_overlap, tile_batch_size)
+        sizes = self.visual.image_size, self.visual.patch_size
+        self.tile_size = None if tile_size is None else parse_image_size(tile_size, *sizes)
+        self.tile_overlap, self.tile_batch_size = tile_overlap, tile_batch_size
+        self.set_image_size(parse_image_size(image_size, *sizes))
         if class_names:
             self.set_classes(class_names)
 
@@ -111,48 +125,37 @@ class ClipAdSdpModel(ClassTextFeatures):
         """Twice a map value over the stages is a mean margin of cosines, a logit at CLIP's temperature."""
         return MapScale(centre=0.0, slope=LOGIT_SCALE * 2 / len(self.visual.layers))
 
+    def set_image_size(self, image_size: tuple[int, int]) -> None:
+        """Take images of another size from now on; forgets what was measured on images of the present one.
+
+        Args:
+            image_size: Height and width in pixels, multiples of the patch size where images are not cut into tiles.
+
+        Raises:
+            InputError: If it is none.
+        """
+        view_size = self.tile_size or image_size
+        self.grid = self.visual.grid(view_size, "tile_size" if self.tile_size else "image_size")
+        self.image_size, self.view_size = image_size, view_size
+        self.sigma = PAPER_SIGMA * math.sqrt(math.prod(view_size)) / PAPER_SIZE if self._sigma is None else self._sigma
+        device = self.text_features.device
+        self.tiling = Tiling(image_size, view_size, self.tile_overlap, self.sigma).to(device)
+        self.references, self.tile_references = (
+            ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, self._max_references).to(device)
+            for _ in range(2)
+        )
+        self.forget_images()
+
+    def keep_shape(self, height: int, width: int) -> tuple[int, int]:
+        """The image size that keeps the shape of a picture, see :func:`anomalib_clipad.components.keep_shape`."""
+        return keep_shape(height, width, self.visual.image_size, self.visual.patch_size)
+
     def forget_images(self) -> None:
         """Have no score ranges and no references."""
         self.fusion.reset()
         self.references.reset()
+        self.tile_references.reset()
         self.reference_fusion.reset()
-
-    @torch.no_grad()
-    def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
-        """Compare all further images with these normal ones, too.
-
-        Args:
-            images: Batches (b, 3, H, W) of normal images of the first class, as :meth:`forward` takes them.
-            augment: Whether the images are taken flipped and turned as well: eight ways, four if they are not square.
-
-        Returns:
-            What each of the k images scores when it is compared with the others, see
-            :meth:`anomalib_clipad.components.ReferenceBank.fit`.
-
-        Raises:
-            InputError: If no class is set, or an image is of another size, or not finite.
-        """
-        text_features = self.select_text_features()
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        tokens: list[list[list[torch.Tensor]]] = []  # of every view of an image, then of every tap and batch
-        for batch in images:
-            views = list(_views(batch)) if augment else [batch]
-            features = [self.taps(view) for view in views]
-            tokens.append([one.original for one in features])
-            with torch.autocast(text_features.device.type, enabled=False):
-                found.append(self._text_scores(features[0], text_features))
-        if not found:
-            msg = "There is no image to take as a reference; give at least one batch."
-            raise InputError(msg)
-        text_maps, text_scores = (torch.cat(parts) for parts in zip(*found, strict=True))
-        original = [
-            torch.cat([torch.cat([batch[view][tap] for batch in tokens]) for view in range(len(tokens[0]))])
-            for tap in range(len(self.visual.layers))
-        ]
-        with torch.autocast(text_features.device.type, enabled=False):
-            maps = self._enlarge_smoothly(self.references.fit(original, len(text_maps)))
-            self.reference_fusion.fit(text_maps, maps, text_scores)
-            return self._with_references(text_maps, maps, text_scores)
 
     def train(self, mode: bool = True) -> "ClipAdSdpModel":
         """Set the training mode; CLIP is frozen and stays in eval mode."""
@@ -199,42 +202,60 @@ class ClipAdSdpModel(ClassTextFeatures):
         return (0.0, math.inf) if self.references.fitted else (0.0, 1.0)
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
-        """The map and the two scores of images, see :meth:`forward`."""
-        if not self.references.fitted or self.needs_original:
-            return self.scores_of(self.taps(images, self.needs_original), class_index)
+        """The map and the two scores of images, see :meth:`forward` and :meth:`Tiling.join`."""
+        self.check_size(images, self.image_size)
+        whole = self._look(self.tiling.whole(images), self.references, class_index)
+        indices: Iterable[torch.Tensor | None] = repeat(None)
+        if class_index is not None:
+            indices = class_index.repeat_interleave(len(self.tiling)).split(self.tile_batch_size)
+        views = self.tiling.tiles(images, self.tile_batch_size)
+        tiles = [self._look(view, self.tile_references, index) for view, index in zip(views, indices, strict=False)]
+        with torch.autocast(self.text_features.device.type, enabled=False):
+            return self.joined_scores(self.tiling.join(whole, ViewScores.cat(tiles) if tiles else None))
+
+    def _look(self, views: torch.Tensor, bank: ReferenceBank, class_index: torch.Tensor | None) -> ViewScores:
+        """Run the tower, and compare what it gives with text vectors and references."""
+        if not bank.fitted or self.needs_original:
+            return self.compare(self.taps(views, self.needs_original), class_index, bank)
         # One tap of the original path after the other: all of them at once would be the peak of the memory.
         surgery, distances = [], []
-        self._check_size(images)
         with torch.no_grad():
-            for tap, (tokens, original) in enumerate(self.visual.walk(images)):
+            for tap, (tokens, original) in enumerate(self.visual.walk(views)):
                 surgery.append(tokens)
-                distances.append(self.references.distance(tap, original))
-        return self.scores_of(DualPathFeatures([], surgery), class_index, torch.stack(distances).mean(dim=0))
+                distances.append(bank.distance(tap, original))
+        seen = self.compare(DualPathFeatures([], surgery), class_index)
+        return seen._replace(reference_map=self.enlarge_patches(torch.stack(distances).mean(dim=0)))
 
-    def taps(self, images: torch.Tensor, with_original: bool = True) -> DualPathFeatures:
-        """The features of images of the model's size, without gradients."""
-        self._check_size(images)
+    def taps(self, views: torch.Tensor, with_original: bool = True) -> DualPathFeatures:
+        """The features of whole images or tiles of the tower's input size, without gradients."""
+        self.check_size(views, self.view_size)
         with torch.no_grad():
-            return self.visual(images, with_original=with_original)
+            return self.visual(views, with_original=with_original)
 
-    def _check_size(self, images: torch.Tensor) -> None:
-        if images.shape[-2:] != self.image_size:
-            msg = f"The model takes images of {self.image_size} pixels, got {tuple(images.shape[-2:])}; resize them."
+    @staticmethod
+    def check_size(images: torch.Tensor, size: tuple[int, int]) -> None:
+        """Refuse images of another size."""
+        if images.shape[-2:] != size:
+            msg = f"The model takes images of {size} pixels, got {tuple(images.shape[-2:])}; resize them."
             raise InputError(msg)
 
-    def scores_of(
-        self,
-        features: DualPathFeatures,
-        class_index: torch.Tensor | None = None,
-        distances: torch.Tensor | None = None,
-    ) -> Scores:
+    def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of taps computed before; in float32, whatever the tower's precision.
 
         Args:
-            features: Taps of both paths; of the surgery path alone where nothing else is needed.
+            features: Taps of both paths, of images that were not cut into tiles.
             class_index: See :meth:`forward`.
-            distances: (B, N) from the references, where they were measured before.
         """
+        with torch.autocast(self.text_features.device.type, enabled=False):
+            return self.joined_scores(self.tiling.join(self.compare(features, class_index, self.references), None))
+
+    def compare(
+        self,
+        features: DualPathFeatures,
+        class_index: torch.Tensor | None = None,
+        bank: ReferenceBank | None = None,
+    ) -> ViewScores:
+        """Compare taps with the text vectors, and with references where there is a bank of them."""
         text_features = self.select_text_features(class_index)
         if class_index is not None and len(class_index) != len(features.surgery[-1]):
             msg = (
@@ -242,22 +263,20 @@ class ClipAdSdpModel(ClassTextFeatures):
             )
             raise InputError(msg)
         with torch.autocast(text_features.device.type, enabled=False):
-            text_map, text = self._text_scores(features, text_features)
-            if not self.references.fitted:
-                return Scores(text_map, text, text_map.amax(dim=(-2, -1)))
-            distances = self.references(features.original) if distances is None else distances
-            return self._with_references(text_map, self._enlarge_smoothly(distances), text)
+            seen = ViewScores(
+                self.map_before_smoothing(features, text_features), text_score(features.surgery[-1], text_features)
+            )
+            if bank is None or not bank.fitted:
+                return seen
+            return seen._replace(reference_map=self.enlarge_patches(bank(features.original)))
 
-    def _text_scores(
-        self, features: DualPathFeatures, text_features: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map (B, H, W) and score (B,) of the comparison with the text vectors."""
-        text_map = self.smoothing(self.map_before_smoothing(features, text_features))
-        return text_map, text_score(features.surgery[-1], text_features)
-
-    def _with_references(self, text_map: torch.Tensor, reference_map: torch.Tensor, text: torch.Tensor) -> Scores:
+    def joined_scores(self, joined: ViewScores) -> Scores:
+        """What was found in whole pictures and tiles, and joined, as one map and two scores."""
+        text_map, text, reference_map = joined
+        if reference_map is None:
+            return Scores(text_map, text, text_map.amax(dim=(-2, -1)))
         anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map)
-        return Scores(anomaly_map, text, self.reference_fusion.map_score(anomaly_map))
+        return Scores(anomaly_map, text, self.reference_fusion.map_score(anomaly_map, math.prod(self.view_size)))
 
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """The map of a batch before smoothing, (B, H, W)."""
@@ -265,29 +284,9 @@ class ClipAdSdpModel(ClassTextFeatures):
 
     def similarity_map(self, surgery: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
         """Anomalous score of the patches after surgery, resized bilinearly: (B, H, W)."""
-        return self._enlarge_patches(feature_surgery(surgery, text_features)[:, 1:, 1])
+        return self.enlarge_patches(feature_surgery(surgery, text_features)[:, 1:, 1])
 
-    def _enlarge_patches(self, patches: torch.Tensor) -> torch.Tensor:
-        """(B, N) to (B, H, W), bilinearly."""
+    def enlarge_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """(b, N) to (b, h, w), bilinearly."""
         patches = patches.reshape(-1, 1, *self.grid)
-        return F.interpolate(patches, size=self.image_size, mode="bilinear", align_corners=False)[:, 0]
-
-    def _enlarge_smoothly(self, patches: torch.Tensor) -> torch.Tensor:
-        return self.smoothing(self._enlarge_patches(patches))
-
-
-def _views(images: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Images as they are, then flipped and turned."""
-    square = images.shape[-2] == images.shape[-1]
-    for quarters in range(4) if square else (0, 2):
-        turned = images.rot90(quarters, (-2, -1))
-        yield turned
-        yield turned.flip(-1)
-
-
-def _pair(image_size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        msg = f"image_size must be one or two positive numbers of pixels, got {image_size!r}."
-        raise InputError(msg)
-    return sides
+        return F.interpolate(patches, size=self.view_size, mode="bilinear", align_corners=False)[:, 0]

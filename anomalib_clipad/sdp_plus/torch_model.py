@@ -105,4 +105,4 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
 
     def _enlarge(self, logits: torch.Tensor) -> torch.Tensor:
         # Corners are aligned here, unlike in SDP's map, as the authors have it.
-        return F.interpolate(logits, size=self.image_size, mode="bilinear", align_corners=True)
+        return F.interpolate(logits, size=self.view_size, mode="bilinear", align_corners=True)

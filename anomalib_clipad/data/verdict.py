@@ -1,0 +1,119 @@
+"""What is said of an image: one owner for tables, pictures and pages."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anomalib.post_processing import PostProcessor
+
+from anomalib_clipad.data.batch import ZeroShotBatch
+
+VERDICTS = ("normal", "anomalous")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of an image.
+
+    Args:
+        path: Its file, or a number where the data set does not say.
+        class_name: What it shows.
+        score: Its score; NaN where it could not be scored.
+        threshold: What the score is compared with; a score above it is anomalous.
+        label: Whether it is called anomalous.
+        p_value: Share of normal images that score as high.
+        truth: Whether it is anomalous.
+        explanation: In words.
+
+    Fields are None where they are not known.
+
+    Example:
+        >>> verdict = Verdict("nut.png", score=0.7, threshold=0.5, label=True, truth=False)
+        >>> verdict.word, verdict.true_word, verdict.right, verdict.comparison
+        ('anomalous', 'normal', False, 'score 0.700 > threshold 0.500')
+    """
+
+    path: str
+    class_name: str | None = None
+    score: float | None = None
+    threshold: float | None = None
+    label: bool | None = None
+    p_value: float | None = None
+    truth: bool | None = None
+    explanation: str | None = None
+
+    @property
+    def word(self) -> str | None:
+        """The label as a word."""
+        return None if self.label is None else VERDICTS[self.label]
+
+    @property
+    def true_word(self) -> str | None:
+        """The truth as a word."""
+        return None if self.truth is None else VERDICTS[self.truth]
+
+    @property
+    def right(self) -> bool | None:
+        """Whether label and truth agree."""
+        return None if self.label is None or self.truth is None else self.label == self.truth
+
+    @property
+    def comparison(self) -> str | None:
+        """Score and threshold in words, with as many digits as tell them apart."""
+        if self.score is None:
+            return None
+        if math.isnan(self.score):
+            return "score is not a number"
+        if self.threshold is None:
+            return f"score {self.score:.3f}"
+        above = self.score > self.threshold
+        digits = 3
+        while digits < 6 and self.score != self.threshold and f"{self.score:.{digits}f}" == _fixed(self, digits):
+            digits += 1
+        return f"score {self.score:.{digits}f} {'>' if above else '≤'} threshold {_fixed(self, digits)}"
+
+
+def _fixed(verdict: Verdict, digits: int) -> str:
+    return f"{verdict.threshold:.{digits}f}"
+
+
+def verdicts(
+    batch: ZeroShotBatch, class_names: Sequence[str], post_processor: object, batch_idx: int = 0
+) -> Iterator[Verdict]:
+    """What is said of the images of a batch.
+
+    Args:
+        batch: As a model has scored it.
+        class_names: Of the model, by which ``class_index`` counts.
+        post_processor: Of the model. The threshold is one minus its ``image_sensitivity``, if scores are normalised.
+        batch_idx: Number of the batch, for images without a file.
+
+    Yields:
+        A verdict an image.
+
+    Example:
+        >>> import torch
+        >>> batch = ZeroShotBatch(image=torch.zeros(1, 3, 8, 8), pred_score=torch.tensor([0.7]))
+        >>> list(verdicts(batch, ["nut"], None))
+        [Verdict(path='image 0-0', class_name='nut', score=0.699..., threshold=None, label=None, p_value=None, ...)]
+    """
+    normalised = isinstance(post_processor, PostProcessor) and post_processor.enable_normalization
+    threshold = 1 - post_processor.image_sensitivity if normalised else None  # type: ignore[attr-defined]
+    for number, item in enumerate(batch.items):
+        class_index = 0 if item.class_index is None else int(item.class_index)
+        label = None if item.pred_label is None else bool(item.pred_label)
+        yield Verdict(
+            path=str(item.image_path) if item.image_path else f"image {batch_idx}-{number}",
+            class_name=class_names[class_index] if class_names else None,
+            score=_number(item.pred_score),
+            threshold=threshold if label is not None else None,
+            label=label,
+            p_value=_number(item.p_value),
+            truth=None if item.gt_label is None else bool(item.gt_label),
+            explanation=item.explanation,
+        )
+
+
+def _number(value: Any) -> float | None:  # noqa: ANN401 - a number or a tensor of one
+    return None if value is None else float(value)

@@ -1,0 +1,159 @@
+"""``image_size: auto``: the shape of the input is that of the first picture that a class's data begin with."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from anomalib.data import AnomalibDataModule
+from anomalib.models.components import AnomalibModule
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
+
+from anomalib_clipad.components.image_size import AUTO
+from anomalib_clipad.data.readable import ReadableDataset
+from anomalib_clipad.engine.checkpoint_parts import damaged
+from anomalib_clipad.engine.host import datamodule_of, datasets_in, datasets_of
+from anomalib_clipad.engine.network import ZeroShotNetwork
+from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.errors import InputError
+
+if TYPE_CHECKING:
+    _Module = AnomalibModule
+else:
+    _Module = object  # anomalib takes every direct subclass of its module for a model
+
+logger = logging.getLogger(__name__)
+
+TRAINING = ""  # in place of a class; of a checkpoint, too
+
+
+class AutomaticSizeMixin(_Module):
+    """Finds the size of the input before any image is read; its user calls :meth:`adopt_size` in its constructor.
+
+    A size belongs to a class, as thresholds and references do: it is found once, and kept in checkpoints and exports.
+    """
+
+    model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
+    restored: bool
+    automatic_size: bool
+    _sizes: dict[str, tuple[int, int]]  # those that were found, by class
+    _normal_key: object
+
+    def adopt_size(self, image_size: object) -> None:
+        """Take over the argument.
+
+        Raises:
+            InputError: If the pre-processor does not take its size from the model.
+        """
+        self.automatic_size = isinstance(image_size, str) and image_size == AUTO
+        self._sizes = {}
+        if self.automatic_size and not isinstance(self.pre_processor, ClipAdPreProcessor):
+            msg = f"image_size {AUTO} belongs to the default pre-processor; leave pre_processor at its default."
+            raise InputError(msg)
+
+    def class_at_hand(self, datamodule: AnomalibDataModule | None) -> str:
+        """Name of the class that the next run is about; for the models to fill."""
+        raise NotImplementedError
+
+    def leave_class(self) -> None:
+        """Keep what was measured on the present class, and have none; for the models to fill."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Find the size. A data module, which is set up before, then asks again for the resize."""
+        super().setup(stage)
+        if not self.automatic_size or self.restored:
+            return
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        name = TRAINING if fitting else self.class_at_hand(datamodule_of(self.trainer))
+        if fitting or name not in self._sizes:
+            shape = shape_of_first_picture(datasets_of(self.trainer))
+            if shape is None:
+                return
+            self._find(name, *shape)
+        self._take_size(name, self._sizes[name])
+
+    def find_size(self, datamodule: AnomalibDataModule | None, shape: tuple[int, int] | None = None) -> None:
+        """Find the size outside of a run: from a data module that was set up, or from images of ``shape``.
+
+        Raises:
+            InputError: If there is nothing to find it from, and no run has found one before.
+        """
+        if not self.automatic_size or self.restored:
+            return
+        name = self.class_at_hand(datamodule)
+        if name not in self._sizes:
+            shape = shape or (shape_of_first_picture(datasets_in(datamodule)) if datamodule is not None else None)
+            if shape is None:
+                if not self._sizes:
+                    msg = (
+                        f"image_size {AUTO} has seen no picture yet; give a checkpoint of a run, a data module, or the "
+                        f"pictures' width over their height, such as {AUTO}:1.5."
+                    )
+                    raise InputError(msg)
+                return
+            self._find(name, *shape)
+        self._take_size(name, self._sizes[name])
+
+    def restore_size(self, identity: Mapping[str, Any]) -> None:
+        """Take over the size of a checkpoint; that of a training gives way to the one of the data at hand."""
+        if not self.automatic_size:
+            return
+        if identity.get("fitted") and self._sizes:
+            self._take_size(TRAINING, self.model.image_size)
+            return
+        found = identity.get("image_size")
+        size = tuple(found) if isinstance(found, list) else (0, 0)
+        try:
+            self.model.visual.grid(size)
+        except InputError as error:
+            problem = f"has the image_size {found!r}"
+            raise damaged(problem) from error
+        self._sizes[TRAINING] = size
+        self._take_size(TRAINING, size)
+
+    def _find(self, name: str, height: int, width: int) -> None:
+        size = self.model.keep_shape(height, width)
+        logger.info("image_size is %d x %d, after the shape of a picture of %d x %d pixels.", *size, height, width)
+        self._sizes[name] = size
+
+    def _take_size(self, name: str, size: tuple[int, int]) -> None:
+        network = self.model
+        if size != network.image_size:
+            if name not in network.class_names:
+                self.leave_class()
+            network.set_image_size(size)
+            self._normal_key = None
+        cast("ClipAdPreProcessor", self.pre_processor).take(clip_transform(size, network.mean, network.std))
+        datamodule = datamodule_of(self.trainer) if self._trainer is not None else None
+        if datamodule is not None:
+            # A data module resizes before it collates, and reads the size off the model where it is set up.
+            datamodule.setup(cast("str", self.trainer.state.fn))
+
+
+def shape_of_first_picture(datasets: Iterable[Any]) -> tuple[int, int] | None:
+    """Height and width of the first picture that can be opened; ``None`` if there is none.
+
+    Raises:
+        InputError: If a data set does not say where its pictures are.
+
+    Example:
+        >>> from anomalib.data import PredictDataset
+        >>> shape_of_first_picture([PredictDataset(image_folder)])
+        (40, 60)
+    """
+    for dataset in datasets:
+        paths = ReadableDataset(dataset).image_paths()
+        if not paths and len(dataset):
+            msg = (
+                f"image_size {AUTO} looks at the first picture's file, and {type(dataset).__name__} names none; give "
+                f"the pictures' width over their height, such as {AUTO}:1.5."
+            )
+            raise InputError(msg)
+        for path in paths:
+            try:
+                with Image.open(path) as picture:  # only the header is read
+                    return picture.size[::-1]
+            except Exception:  # noqa: BLE001, S112 - whatever a file's bytes make a decoder raise; the run will name it
+                continue
+    return None

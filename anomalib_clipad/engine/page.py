@@ -1,0 +1,202 @@
+"""A page to look through the images of a run, see :mod:`anomalib_clipad.page`."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.engine.run_folder import images_of, run_folder, writing
+from anomalib_clipad.engine.visualizer import map_on_the_scale
+from anomalib_clipad.errors import InputError
+from anomalib_clipad.page import (
+    Finding,
+    PageImage,
+    shown_by_browsers,
+    with_folders,
+    write_heat_layer,
+    write_page,
+    write_thumbnail,
+)
+from anomalib_clipad.page.page import NAME
+from anomalib_clipad.pictures.heatmap import THRESHOLD
+
+logger = logging.getLogger(__name__)
+
+MOST_IMAGES = 20_000  # on a page; a browser grows slow above, and each has a picture of ten kilobytes and a heatmap
+
+
+class PageWriter(Callback):
+    """Writes ``report.html`` beside the table of predictions, with thumbnails and heatmaps of the images.
+
+    They are written batch by batch, the page at the end of the run, after an interruption with what there is.
+
+    Args:
+        most_images: How many images of a run get onto the page; the table has all of them.
+
+    Example:
+        >>> PageWriter(most_images=500).most_images
+        500
+    """
+
+    def __init__(self, most_images: int = MOST_IMAGES) -> None:
+        self.most_images = most_images
+        self._images: list[PageImage] = []
+        self._seen = 0
+        self._running = False
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a page."""
+        del trainer, pl_module
+        self._images, self._seen, self._running = [], 0, True
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's
+        batch: Any,  # noqa: ANN401 - Lightning's
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the images of a batch."""
+        del batch, batch_idx, dataloader_idx
+        scored, folder = cast("ZeroShotBatch", outputs), run_folder(trainer)
+        room = self.most_images // trainer.world_size - len(self._images)
+        self._seen += scored.batch_size
+        with writing(folder / NAME):
+            for item, score in zip(scored.items[: max(0, room)], _scores(scored, pl_module), strict=False):
+                # Images without a file have a number of their own in every process.
+                name = item.image_path or f"image {len(self._images)} of process {trainer.global_rank}"
+                self._images.append(_drawn(item, Path(name), score, pl_module, folder))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join what several processes have drawn, and write the page."""
+        folder = run_folder(trainer)
+        with writing(folder / NAME):
+            if not trainer.is_global_zero:
+                content = {"seen": self._seen, "images": [asdict(image) for image in self._images]}
+                _part(folder, trainer.global_rank).write_text(json.dumps(content), encoding="utf-8")
+        trainer.strategy.barrier("pages are written")
+        if trainer.is_global_zero:
+            with writing(folder / NAME):
+                for rank in range(1, trainer.world_size):
+                    self._join(_part(folder, rank))
+                self._running = False
+                logger.info("Page: %s.", self._write(trainer, pl_module))
+
+    on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the page of what there is; the error itself is raised anyway."""
+        if not self._running or not self._images or not trainer.is_global_zero:
+            return
+        why = "interrupted" if isinstance(exception, KeyboardInterrupt) else "ended by an error"
+        try:
+            path = self._write(trainer, pl_module, [f"The run was {why}; the page has the images that were done."])
+            logger.info("Page of what was done: %s.", path)
+        except (OSError, InputError) as error:
+            logger.warning("No page was written (%s).", error)
+        self._running = False
+
+    def _join(self, part: Path) -> None:
+        content = json.loads(part.read_text(encoding="utf-8"))
+        self._seen += content["seen"]
+        for row in content["images"]:
+            findings = {model: Finding(**finding) for model, finding in row.pop("findings").items()}
+            self._images.append(PageImage(**row, findings=findings))
+        part.unlink()
+
+    def _write(self, trainer: Trainer, model: LightningModule, notes: Sequence[str] = ()) -> Path:
+        images = with_folders(self._images)
+        classes = sorted({image.category for image in images})
+        title = f"{_name(model)}: {', '.join(classes)}" if classes else _name(model)
+        logged = trainer.callback_metrics if trainer.testing and not self._running else {}
+        figures = {key: float(value) for key, value in logged.items() if value.numel() == 1}
+        metrics = pd.DataFrame([{"model": _name(model), **figures}]) if figures else None
+        post_processor = _post_processor(model)
+        return write_page(
+            run_folder(trainer),
+            title,
+            images,
+            notes=[*notes, *self._notes(trainer, model)],
+            metrics=metrics,
+            threshold=THRESHOLD if post_processor is None else 1 - post_processor.image_sensitivity,
+        )
+
+    def _notes(self, trainer: Trainer, model: LightningModule) -> Iterator[str]:
+        """What a reader should know before believing the page."""
+        if model.hparams.get("backbone") == "demo":
+            yield "The demonstration backbone is not for inspection: it was trained on rendered textures only."
+        if model.hparams.get("pretrained", "") is None:
+            yield "The weights are random, so scores and heatmaps mean nothing."
+        if self._seen > len(self._images):
+            yield f"The page has {len(self._images)} of the {self._seen} images; {NAME} would be slow with more."
+        left = len(set(images_of(trainer))) - self._seen
+        if left > 0 and not self._running:
+            yield f"Images that are not on the page: {left}; the run's log names those that could not be read."
+
+
+def _post_processor(model: LightningModule) -> PostProcessor | None:
+    found = cast("Any", model).post_processor
+    return found if isinstance(found, PostProcessor) else None
+
+
+def _name(model: LightningModule) -> str:
+    return type(model).__name__
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f".{NAME}.{rank}"
+
+
+def _scores(batch: ZeroShotBatch, model: LightningModule) -> list[float]:
+    """Scores as they are shown, but also beyond the ends of the scale, where the post-processor clamps them."""
+    shown = cast("torch.Tensor", batch.pred_score).detach().float().cpu().reshape(-1)
+    post_processor = _post_processor(model)
+    if post_processor is None or batch.raw_score is None:
+        return shown.tolist()
+    raw = batch.raw_score.detach().float().cpu().reshape(-1)
+    low, high, threshold = (
+        float(value) for value in (post_processor.image_min, post_processor.image_max, post_processor.image_threshold)
+    )
+    beyond = (raw - threshold) / (high - low) + THRESHOLD if high > low else shown
+    inside = (shown > 0) & (shown < 1) & post_processor.enable_normalization
+    return torch.where(inside | ~beyond.isfinite(), shown, beyond).tolist()
+
+
+def _drawn(item: ZeroShotItem, path: Path, score: float, model: LightningModule, folder: Path) -> PageImage:
+    names, heat = cast("Any", model).model.class_names, None
+    if item.anomaly_map is not None:
+        anomaly_map = map_on_the_scale(cast("torch.Tensor", item.anomaly_map), model)
+        heat = write_heat_layer(anomaly_map.detach().float().cpu().squeeze().numpy(), path, folder)
+    finding = Finding(
+        score,
+        raw="" if item.raw_score is None else f"{float(item.raw_score):.6g}",
+        heat=heat,
+        p_value=None if item.p_value is None else float(item.p_value),
+        explanation=item.explanation,
+    )
+    return PageImage(
+        path=str(path),
+        category=names[int(item.class_index)] if item.class_index is not None else names[0],
+        truth=None if item.gt_label is None else int(item.gt_label),
+        findings={_name(model): finding},
+        thumbnail=write_thumbnail(path, folder) if item.image_path else None,
+        original=_relative(path, folder) if shown_by_browsers(path) else None,
+    )
+
+
+def _relative(path: Path, folder: Path) -> str | None:
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:  # on another drive
+        return None

@@ -1,0 +1,117 @@
+"""Where the results of a run go: every run of test or predict has a folder of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from anomalib.utils.path import create_versioned_dir
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from anomalib_clipad.data.readable import ReadableDataset
+from anomalib_clipad.errors import InputError
+
+ATTEMPTS = 10  # at a folder of a new number, while other runs make theirs
+IMAGES = "images"  # folder of the pictures in that of the run
+
+
+class RunFolder(Callback):
+    """Makes a run's folder when it begins, in that of the trainer: ``test/v0``, ``test/v1``, or ``predict/v0``.
+
+    A link ``latest`` beside them points to the newest. The first process makes the folder, all processes know it, and
+    nothing is made for a run that keeps no results. The model puts this callback before all that write into the folder;
+    they ask :func:`run_folder` for it, from ``on_test_start`` and ``on_predict_start`` on.
+
+    Example:
+        >>> RunFolder().path is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the folder."""
+        del pl_module
+        path, problem = None, None
+        if trainer.is_global_zero:
+            try:
+                path = _new_folder(Path(trainer.default_root_dir) / ("predict" if trainer.predicting else "test"))
+            except InputError as error:
+                problem = str(error)  # for all processes, which wait for the folder
+        path, problem = trainer.strategy.broadcast((path, problem))
+        if problem is not None:
+            raise InputError(problem)
+        self.path = path
+
+    on_predict_start = on_test_start
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Folder of the present run of test or predict, for every callback that writes results.
+
+    ``predictions.csv`` and ``images/`` lie in it. Without a :class:`RunFolder`, as with models of others, it is the
+    trainer's own.
+
+    Args:
+        trainer: The run's.
+
+    Example:
+        >>> run_folder(Trainer(default_root_dir="results", logger=False, accelerator="cpu"))
+        PosixPath('results')
+    """
+    for callback in cast("Any", trainer).callbacks:
+        if isinstance(callback, RunFolder) and callback.path is not None:
+            return callback.path
+    return Path(trainer.default_root_dir)
+
+
+def images_of(trainer: Trainer) -> Iterator[str]:
+    """Paths of all images that the run is to read, also of those that it cannot; none where the data do not say.
+
+    Example:
+        >>> list(images_of(Trainer(logger=False, accelerator="cpu")))
+        []
+    """
+    loaders: Any = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        dataset = getattr(loader, "dataset", None)
+        if isinstance(dataset, ReadableDataset):
+            yield from dataset.image_paths()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence what cannot be written, as on a full disk.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        InputError: In place of the system's error.
+
+    Example:
+        >>> with writing(Path("missing/table.csv")):
+        ...     _ = Path("missing/table.csv").write_text("a,b")
+        Traceback (most recent call last):
+        ...
+        anomalib_clipad.errors.InputError: missing/table.csv cannot be written (No such file or directory); ...
+    """
+    try:
+        yield
+    except OSError as error:
+        msg = (
+            f"{path} cannot be written ({error.strerror or error}); what was written stays. Make room there, or set "
+            "default_root_dir to another folder."
+        )
+        raise InputError(msg) from error
+
+
+def _new_folder(root: Path) -> Path:
+    with writing(root):
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return create_versioned_dir(root)
+            except (FileExistsError, FileNotFoundError):  # another run has taken the number, or the link
+                continue
+        return create_versioned_dir(root)

@@ -1,0 +1,112 @@
+"""The pictures of a page: small copies of images, and heatmaps to lay over them."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from anomalib_clipad.data.readable import DEEP, deep_pixels, is_rotated
+from anomalib_clipad.files import replacing
+from anomalib_clipad.pictures.heatmap import heat_layer
+
+logger = logging.getLogger(__name__)
+
+LONGER_SIDE = 240  # pixels
+QUALITY = 85
+THUMBNAILS, HEAT = "report_files/thumbnails", "report_files/heat"
+BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+
+
+def write_thumbnail(image: Path, folder: Path) -> str | None:
+    """Write a small copy of an image, in its own shape and as it is stored, unless there is one that is newer.
+
+    Args:
+        image: The image's file, of any of Pillow's formats; deep ones are scaled as the models see them.
+        folder: Folder of the page.
+
+    Returns:
+        Path of a JPEG relative to ``folder``, of at most 240 pixels on its longer side; None for an unreadable image.
+
+    Raises:
+        OSError: If it cannot be written.
+
+    Example:
+        >>> name = write_thumbnail(image_folder / "a.png", Path("page"))
+        >>> Image.open(Path("page") / name).size
+        (60, 40)
+    """
+    name = f"{THUMBNAILS}/{_digest(image)}.jpg"
+    path = folder / name
+    try:
+        if path.exists() and path.stat().st_mtime > image.stat().st_mtime:
+            return name
+        small = _small(image)
+    except Exception as error:  # noqa: BLE001 - whatever a file's bytes make a decoder raise
+        logger.warning("No thumbnail of %s, which cannot be read any more (%s).", image, error)
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        small.save(draft, quality=QUALITY)
+    return name
+
+
+def write_heat_layer(anomaly_map: np.ndarray, image: Path, folder: Path) -> str:
+    """Write the heatmap of an image, to be stretched over the image's thumbnail.
+
+    Args:
+        anomaly_map: (H, W) in [0, 1], 0.5 at the threshold.
+        image: The image that it belongs to, after which the file is named.
+        folder: Folder of the page.
+
+    Returns:
+        Path of a PNG relative to ``folder``, of the map's size, but at most 240 pixels on the longer side.
+
+    Raises:
+        OSError: If it cannot be written.
+
+    Example:
+        >>> name = write_heat_layer(np.zeros((480, 240)), image_folder / "a.png", Path("page"))
+        >>> Image.open(Path("page") / name).size
+        (120, 240)
+    """
+    values = Image.fromarray(np.asarray(anomaly_map, dtype=np.float32))
+    values.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.BILINEAR)
+    name = f"{HEAT}/{_digest(image)}.png"
+    (folder / HEAT).mkdir(parents=True, exist_ok=True)
+    with replacing(folder / name) as draft:
+        heat_layer(np.asarray(values)).save(draft, compress_level=3)
+    return name
+
+
+def shown_by_browsers(image: Path) -> bool:
+    """Whether browsers show a file as the models see it: not if it is of another format, deep, or stored rotated.
+
+    Example:
+        >>> shown_by_browsers(image_folder / "a.png"), shown_by_browsers(image_folder / "missing.png")
+        (True, False)
+    """
+    try:
+        with Image.open(image) as opened:  # only the header is read
+            usual = opened.format in BROWSER_FORMATS and opened.mode not in DEEP
+            return usual and not is_rotated(opened, image)
+    except OSError:
+        return False
+
+
+def _small(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        if image.mode in DEEP:
+            small = Image.fromarray((255 * np.nan_to_num(deep_pixels(image))).round().astype(np.uint8))
+        else:
+            image.draft("RGB", (2 * LONGER_SIDE, 2 * LONGER_SIDE))  # a JPEG is decoded at a fraction of its size
+            small = image.convert("RGB")
+    small.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.BICUBIC, reducing_gap=1.0)  # five times as fast
+    return small
+
+
+def _digest(path: Path) -> str:
+    # Images of one name in two folders have pictures of their own.
+    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:20]

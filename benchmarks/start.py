@@ -1,0 +1,87 @@
+"""Time and memory until a model is ready: its vision weights read, its text vectors at hand.
+
+    python benchmarks/start.py > benchmarks/start.md     # on Linux
+
+Random weights of the default backbone are written to a temporary folder and read by new processes, whose imports are
+not counted. The table goes to standard output.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+BACKBONE = "ViT-B-16-plus-240"
+ROUNDS = 5
+LIMITS = {"time": 1.2, "memory": 1.1}
+
+READ = """
+with safe_open(path, framework="pt") as file:
+    kept = {key: file.get_tensor(key).clone() for key in file.keys() if key.startswith("visual.")}
+"""
+START = """
+model = ClipAdSdpModel(pretrained=path, class_names=["bottle"])
+"""
+PROGRAM = """
+import json, os, pathlib, re, sys, time
+from safetensors import safe_open
+from anomalib_clipad.sdp import ClipAdSdpModel
+import sklearn.cluster  # anomalib has imported it by then
+path = sys.argv[1]
+# Not getrusage, whose peak begins with that of the process that started this one.
+peak = lambda: int(re.search("VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
+with open(path, "rb") as file:
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from disk, not from memory
+before, start = peak(), time.perf_counter()
+{body}
+print(json.dumps([time.perf_counter() - start, peak() - before]))
+"""
+
+
+def measure(body: str, path: Path, cache: Path, rounds: int = ROUNDS) -> tuple[float, float]:
+    """Median seconds and MiB of a piece of the program in new processes."""
+    environment = {**os.environ, "ANOMALIB_CLIPAD_CACHE": str(cache)}
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(body=body), str(path)]
+    runs = [
+        json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
+        for _ in range(rounds)
+    ]
+    seconds, mebibytes = zip(*runs, strict=True)
+    return statistics.median(seconds), statistics.median(mebibytes)
+
+
+def main() -> None:
+    """Write the weights, measure, and print the table."""
+    torch.manual_seed(0)
+    state = open_clip.create_model(BACKBONE, pretrained=None).state_dict()
+    print(
+        f"# Start\n{platform.machine()}, {torch.get_num_threads()} threads; weights from disk, not from the page cache\n"
+    )
+    print("| file | vision weights read | first start | second start | second / read | MiB added / file |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("weights.safetensors", "weights.pt"):
+            path, cache = Path(folder) / name, Path(folder) / f"cache of {name}"
+            save = save_file if path.suffix == ".safetensors" else torch.save
+            save({key: value.contiguous() for key, value in state.items()}, path)
+            os.sync()  # else the page cache keeps it
+            size = path.stat().st_size / 2**20
+            read, _ = measure(READ, Path(folder) / "weights.safetensors", cache)
+            first, _ = measure(START, path, cache, rounds=1)
+            second, memory = measure(START, path, cache)
+            print(
+                f"| {name}, {size:.0f} MiB | {read:.2f} s | {first:.2f} s | {second:.2f} s "
+                f"| {second / read:.2f} (limit {LIMITS['time']}) | {memory / size:.2f} (limit {LIMITS['memory']}) |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The page of a run: what is in its file, and how test and predict write it. test_page_browser.py opens it."""
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.engine import Engine
+from lightning.pytorch import Callback
+from PIL import Image
+
+from anomalib_clipad import ClipAdSdp, InputError
+from anomalib_clipad.engine.page import PageWriter
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+from anomalib_clipad.engine.table import NAME as TABLE
+from anomalib_clipad.page import Finding, PageImage, shown_by_browsers, write_page, write_thumbnail
+
+from .conftest import folder, limited_files, new_engine, write_category
+
+BARE = {"visualizer": False}
+
+
+class Elements(HTMLParser):
+    """Tags of a page with their attributes, as a browser without scripts finds them."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def data_of(page: Path) -> dict:
+    return json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text())[1])
+
+
+def paths_of(page: Path) -> list[str]:
+    return sorted(image[0] for image in data_of(page)["images"])
+
+
+def page_of(engine: Engine) -> Path:
+    return next(Path(engine.trainer.default_root_dir).rglob("report.html"))
+
+
+def test_the_page_holds_what_it_was_given(tmp_path: Path) -> None:
+    images = [
+        PageImage(
+            "a/1.png", "cup", 1, {"SDP": Finding(0.25, "0.1", "heat/ä 1.png", 0.5, "a crack")}, "hole", "t/1.jpg"
+        ),
+        PageImage("b/2.png", "nut", None, {"SDP": Finding(1.75), "SDP+": Finding(float("nan"), "nan")}),
+    ]
+    data = data_of(write_page(tmp_path, "Cups", images, threshold=0.4))
+    assert (data["models"], data["categories"], data["folders"]) == (["SDP", "SDP+"], ["cup", "nut"], ["", "hole"])
+    assert data["threshold"] == 0.4
+    assert data["images"] == [
+        ["a/1.png", 0, 1, 1, "t/1.jpg", None, [[0.25, "0.1", "heat/%C3%A4%201.png", 0.5, "a crack"], None]],
+        ["b/2.png", 1, 0, None, None, None, [[1.75, ""], [None, "nan"]]],
+    ]
+
+
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</script><b>", "it's & <!-- "]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_never_markup(name: str, tmp_path: Path) -> None:
+    image = PageImage(f"{name}.png", name, 1, {name: Finding(0.9, name, explanation=name)}, name)
+    metrics = pd.DataFrame({name: [0.5], "text": [name]})
+    hostile = Elements(write_page(tmp_path, name, [image], notes=[name], metrics=metrics))
+    plain = image.path.replace(name, "a")
+    harmless = PageImage(plain, "a", 1, {"a": Finding(0.9, "a", explanation="a")}, "a")
+    metrics = pd.DataFrame({"a": [0.5], "text": ["a"]})
+    expected = Elements(write_page(tmp_path / "plain", "a", [harmless], notes=["a"], metrics=metrics))
+    assert [tag for tag, _ in hostile.found] == [tag for tag, _ in expected.found]
+    assert data_of(tmp_path / "report.html")["images"][0][0] == f"{name}.png"
+
+
+def test_bytes_that_are_no_text_are_shown_as_the_table_shows_them(tmp_path: Path) -> None:
+    name = b"part \xff.png".decode(errors="surrogateescape")
+    page = write_page(
+        tmp_path, name, [PageImage(name, "cup", None, {"SDP": Finding(0.1)}, thumbnail=name)], notes=[name]
+    )
+    image = data_of(page)["images"][0]
+    assert image[0] == "part \\udcff.png"
+    assert image[4] == "part%20%FF.png", "the file's own bytes"
+
+
+def test_metrics_are_a_row_a_model(tmp_path: Path) -> None:
+    metrics = pd.DataFrame({"image AUROC": [0.98765, np.nan], "seconds": [120.04, 3.5]}, index=["SDP", "SDP+"])
+    metrics.index.name = "model"
+    html = write_page(tmp_path, "Cups", [], metrics=metrics).read_text()
+    assert re.findall(r"<td[^>]*>(.*?)</td>", html) == ["SDP", "0.9877", "120.0", "SDP+", "n/a", "3.5"]
+
+
+def many_images(count: int, thumbnail: str | None = None) -> list[PageImage]:
+    rng = np.random.default_rng(0)
+    models = ("SDP", "SDP, 4 normal images", "SDP+", "PatchCore")
+    images = []
+    for number in range(count):
+        truth = int(rng.random() < 0.2)
+        scores = rng.normal(0.35 + 0.3 * truth, 0.15, len(models))
+        findings = {
+            model: Finding(float(score), f"{score:.6g}", f"jobs/{model}/heat/{number:05d}.png", 0.25)
+            for model, score in zip(models, scores, strict=True)
+        }
+        path = f"/data/line 3/camera/2025-01/part_{number:05d}.png"
+        images.append(PageImage(path, f"part {number % 3}", truth, findings, ("good", "crack")[truth], thumbnail))
+    return images
+
+
+def test_five_thousand_images_of_four_models_are_a_few_megabytes(tmp_path: Path) -> None:
+    images = many_images(5000)
+    start = time.process_time()
+    page = write_page(tmp_path, "Many", images)
+    assert time.process_time() - start < 5  # 0.6 s here
+    assert page.stat().st_size < 5000 * 4 * 140
+
+
+def save(image: Image.Image, path: Path, **arguments: object) -> Path:
+    image.save(path, **arguments)
+    return path
+
+
+def test_a_thumbnail_looks_as_the_model_sees_the_image(tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 1, 500), (200, 1))
+    grey = Image.fromarray((255 * ramp).astype(np.uint8))
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    clear = grey.convert("RGBA")
+    clear.putalpha(0)
+    files = [
+        save(grey, tmp_path / "grey.png"),
+        save(grey.convert("P"), tmp_path / "palette.png"),
+        save(grey.convert("RGB"), tmp_path / "exif.jpg", exif=upside_down),
+        save(clear, tmp_path / "clear.png"),
+        save(Image.fromarray((65535 * ramp).astype(np.uint16)), tmp_path / "deep.png"),
+        save(Image.fromarray(ramp.astype(np.float32)), tmp_path / "fractions.tiff"),
+    ]
+    for file in files:
+        with Image.open(tmp_path / write_thumbnail(file, tmp_path)) as thumbnail:
+            assert thumbnail.size == (240, 96), file.name
+            found = np.asarray(thumbnail.convert("L"))[:, 2:-2].mean(axis=0)
+        assert np.abs(found - np.linspace(0, 255, 240)[2:-2]).max() < 4, file.name
+    shown = [shown_by_browsers(file) for file in files]
+    assert shown == [True, True, False, True, False, False], "turned or scaled by a browser"
+
+
+def test_a_thumbnail_is_made_again_only_for_a_newer_image(tmp_path: Path) -> None:
+    image = save(Image.new("RGB", (30, 20), "white"), tmp_path / "a.png")
+    thumbnail = tmp_path / write_thumbnail(image, tmp_path)
+    thumbnail.write_bytes(b"kept")
+    assert tmp_path / write_thumbnail(image, tmp_path) == thumbnail
+    assert thumbnail.read_bytes() == b"kept"
+    save(Image.new("RGB", (50, 20), "white"), image)
+    write_thumbnail(image, tmp_path)
+    with Image.open(thumbnail) as made:
+        assert made.size == (50, 20)
+
+
+@pytest.mark.parametrize("sensitivity", [0.5, 0.7])
+def test_a_test_run_leaves_a_page_that_agrees_with_its_table(
+    sensitivity: float, small_clip: str, category: Path, tmp_path: Path
+) -> None:
+    engine = new_engine(tmp_path)
+    post_processor = ClipAdPostProcessor(image_sensitivity=sensitivity)
+    model = ClipAdSdp(backbone=small_clip, post_processor=post_processor, **BARE)
+    figures = engine.test(model, datamodule=folder(category, eval_batch_size=4), verbose=False)[0]
+    page = page_of(engine)
+    table = pd.read_csv(page.with_name(TABLE)).set_index("path")
+    data = data_of(page)
+    assert paths_of(page) == sorted(table.index)
+    assert data["models"], data["categories"] == (["ClipAdSdp"], ["widget"])
+    assert data["folders"] == ["good", "square"]
+    for path, _, group, truth, thumbnail, original, (finding,) in data["images"]:
+        row = table.loc[path]
+        assert (row.label == "anomalous") == (not finding[0] <= data["threshold"])
+        assert (row.true_label == "anomalous") == truth == group
+        assert np.clip(finding[0], 0, 1) == pytest.approx(row.score, abs=1e-5)
+        assert (page.parent / original).samefile(path)
+        sizes = []
+        for name in (thumbnail, finding[2]):
+            with Image.open(page.parent / name) as picture:
+                sizes.append(picture.size)
+        assert sizes == [(48, 48), (32, 32)]
+    cells = re.findall(r'<td class="number" data-sort="([^"]*)"', page.read_text())
+    assert sorted(map(float, cells)) == pytest.approx(sorted(figures.values()))
+
+
+def test_scores_beyond_the_scale_keep_their_order_on_the_page(small_clip: str, category: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    model = ClipAdSdp(backbone=small_clip, k_shot=2, **BARE)  # two normal images make a narrow scale
+    batches = engine.predict(model, datamodule=folder(category, val_split_mode="none"))
+    raw = {item.image_path: float(item.raw_score) for batch in batches for item in batch.items}
+    scores = {image[0]: image[6][0][0] for image in data_of(page_of(engine))["images"]}
+    assert pd.read_csv(page_of(engine).with_name(TABLE)).score.max() == 1
+    assert max(scores.values()) > 1.5
+    assert sorted(raw, key=raw.get) == sorted(scores, key=scores.get)
+    low, high = (float(getattr(model.post_processor, f"image_{end}")) for end in ("min", "max"))
+    for path, score in scores.items():
+        assert score == pytest.approx((raw[path] - (low + high) / 2) / (high - low) + 0.5, abs=1e-4)
+
+
+def test_images_of_one_name_in_two_folders_have_pictures_of_their_own(small_clip: str, tmp_path: Path) -> None:
+    for place, colour in (("left", "white"), ("right", "black")):
+        (tmp_path / "photos" / place).mkdir(parents=True)
+        Image.new("RGB", (40, 20), colour).save(tmp_path / "photos" / place / "a.png")
+    engine = new_engine(tmp_path)
+    engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=tmp_path / "photos")
+    page = page_of(engine)
+    left, right = sorted(data_of(page)["images"])
+    assert data_of(page)["folders"] == ["left", "right"]
+    colours = [np.asarray(Image.open(page.parent / image[4])).mean() for image in (left, right)]
+    assert colours == [255, 0]
+    assert left[6][0][2] != right[6][0][2]
+    assert left[3] is None, "predicted images have no ground truth"
+
+
+class Stop(Callback):
+    """Ends a run in its second batch."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def on_predict_batch_start(self, *arguments: object) -> None:
+        if arguments[-1] == 1:  # number of the batch
+            raise self.error
+
+
+@pytest.mark.parametrize("error, ending", [(KeyboardInterrupt, SystemExit), (RuntimeError, RuntimeError)])
+def test_an_interrupted_run_leaves_a_page_of_what_it_has_done(
+    error: type, ending: type, small_clip: str, category: Path, tmp_path: Path
+) -> None:
+    engine = new_engine(tmp_path, callbacks=[Stop(error)])
+    with pytest.raises(ending):
+        engine.predict(
+            ClipAdSdp(backbone=small_clip, **BARE),
+            datamodule=folder(category, eval_batch_size=4),
+            return_predictions=False,
+        )
+    assert len(paths_of(page_of(engine))) == 4
+    assert "the page has the images that were done" in page_of(engine).read_text()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_part_of_a_page(
+    small_clip: str, image_folder: Path, tmp_path: Path
+) -> None:
+    engine = new_engine(tmp_path)
+    with limited_files(20_000), pytest.raises(InputError, match=r"report\.html cannot be written"):
+        engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=image_folder)
+    where = Path(engine.trainer.default_root_dir)
+    assert not [path for path in where.rglob("*") if "report.html" in path.name]
+    assert len(pd.read_csv(next(where.rglob(TABLE)))) == 2
+
+
+def test_the_page_says_what_is_not_on_it(small_clip: str, tmp_path: Path) -> None:
+    root = write_category(tmp_path / "widget", normal=4, broken=3)
+    (root / "test/good/001.png").write_bytes(b"not an image")
+    engine, model = new_engine(tmp_path), ClipAdSdp(backbone=small_clip, **BARE)
+    model.page = PageWriter(most_images=5)
+    engine.test(model, datamodule=folder(root, eval_batch_size=4), verbose=False)
+    words = page_of(engine).read_text()
+    assert len(paths_of(page_of(engine))) == 5
+    assert "The page has 5 of the 6 images" in words
+    assert "not on the page: 1;" in words
+
+
+def test_a_model_without_a_page_writes_none_and_the_trainer_is_left_without_it(
+    small_clip: str, image_folder: Path, tmp_path: Path
+) -> None:
+    engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip, **BARE)
+    model.page = None
+    engine.predict(model, data_path=image_folder)
+    assert not list(tmp_path.rglob("report.html"))
+    model.page = PageWriter()
+    engine.predict(model, data_path=image_folder)
+    assert not any(isinstance(callback, PageWriter) for callback in engine.trainer.callbacks)
+    assert page_of(engine).is_file()
+
+
+def test_an_image_that_is_not_finite_is_on_the_page(small_clip: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.full((40, 40), np.nan, dtype=np.float32)).save(tmp_path / "photos/nan.tiff")
+    engine = new_engine(tmp_path)
+    batches = engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=tmp_path / "photos")
+    assert torch.isnan(batches[0].pred_score).all()
+    (image,) = data_of(page_of(engine))["images"]
+    assert image[6][0][0] is None
+    assert (page_of(engine).parent / image[4]).is_file()

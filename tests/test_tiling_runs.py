@@ -1,0 +1,81 @@
+"""Tiles in the engine: test, predict, references, checkpoints, training and exports."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from anomalib.data.utils import read_image
+
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
+
+from .conftest import ROUNDING, auxiliary, build_model, folder, new_engine, weights
+
+TILES = {"image_size": (40, 56), "tile_size": 32, "visualizer": False}
+
+
+@pytest.mark.parametrize("name", ["ClipAdSdp", "ClipAdSdpPlus"])
+def test_a_checkpoint_gives_the_scores_of_the_run_that_wrote_it(
+    name: str, small_clip: str, category: Path, tmp_path: Path
+) -> None:
+    arguments = {**TILES, "k_shot": 2, "tile_overlap": 0.5}
+    model, engine = build_model(name, small_clip, tmp_path, **arguments), new_engine(tmp_path)
+    figures = engine.test(model, datamodule=folder(category), verbose=False)[0]
+    assert figures["image_AUROC"] > 0
+    expected = engine.predict(model, data_path=category / "test/square")
+    assert {batch.anomaly_map.shape for batch in expected} == {(1, 40, 56)}
+    path = weights(engine, "model.ckpt")
+    again = build_model(name, small_clip, tmp_path, **{**arguments, "tile_batch_size": 3})
+    found = new_engine(tmp_path / "again").predict(again, data_path=category / "test/square", ckpt_path=path)
+    assert len(again.model.tile_references.patches) == 2 * len(again.model.tiling) * 16
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.anomaly_map, other.anomaly_map, atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(one.pred_score, other.pred_score, atol=ROUNDING, rtol=0)
+    for other in ({**arguments, "tile_size": None}, {**arguments, "tile_overlap": 0.25}):
+        with pytest.raises(InputError, match="The checkpoint does not fit this model: tiles was"):
+            new_engine(tmp_path / "other").predict(
+                build_model(name, small_clip, tmp_path, **other), data_path=category / "test/square", ckpt_path=path
+            )
+
+
+def test_references_return_with_the_class(small_clip: str, category: Path, tmp_path: Path) -> None:
+    model = ClipAdSdp(backbone=small_clip, k_shot=2, **TILES)
+    new_engine(tmp_path).test(model, datamodule=folder(category), verbose=False)
+    kept = model.model.tile_references.patches.clone()
+    model.choose_class("gear")
+    assert not model.model.tile_references.fitted
+    model.choose_class("widget")
+    assert torch.equal(model.model.tile_references.patches, kept)
+
+
+def test_training_with_tiles_is_refused(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="trained on whole pictures, since its layers look at single patches"):
+        new_engine(tmp_path, max_epochs=1).fit(
+            ClipAdSdpPlus(backbone=small_clip, **TILES), datamodule=auxiliary(auxiliary_root)
+        )
+
+
+def test_half_precision_gives_about_the_same_maps(small_clip: str, category: Path, tmp_path: Path) -> None:
+    maps = []
+    for number, precision in enumerate(("32", "bf16-true")):
+        model = ClipAdSdp("cup", backbone=small_clip, **TILES)
+        engine = new_engine(tmp_path / str(number), precision=precision)
+        maps.append(torch.cat([batch.anomaly_map for batch in engine.predict(model, data_path=category / "test/good")]))
+    assert maps[1].dtype == torch.float32
+    torch.testing.assert_close(maps[1], maps[0], atol=0.05, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_cuts_tiles_itself(small_clip: str, category: Path, tmp_path: Path) -> None:
+    model, engine = ClipAdSdp(backbone=small_clip, k_shot=2, **TILES), new_engine(tmp_path)
+    engine.test(model, datamodule=folder(category), verbose=False)
+    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path), providers=["CPUExecutionProvider"])
+    images = torch.stack([read_image(path, as_tensor=True) for path in sorted((category / "test/square").glob("*"))])
+    for batch in (images, images[:1]):
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(None, {session.get_inputs()[0].name: batch.numpy()}), strict=True))
+        with torch.no_grad():
+            expected = model.eval()(batch)
+        np.testing.assert_allclose(np.squeeze(found["anomaly_map"]), expected.anomaly_map.squeeze(), atol=1e-4)
+        np.testing.assert_allclose(found["pred_score"].ravel(), expected.pred_score, atol=1e-4)

@@ -1,0 +1,311 @@
+"""The pictures of test and predict: a fixed scale, the image's own shape, nothing cut off, nothing overwritten."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anomalib.visualization import ImageVisualizer
+from PIL import Image, ImageChops
+
+from anomalib_clipad import ClipAdSdp, InputError
+from anomalib_clipad.data.verdict import Verdict
+from anomalib_clipad.engine.run_folder import _new_folder
+from anomalib_clipad.engine.table import NAME
+from anomalib_clipad.engine.visualizer import ClipAdVisualizer
+from anomalib_clipad.pictures import text
+from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, PREDICTED
+from anomalib_clipad.pictures.image_file import read_picture
+from anomalib_clipad.pictures.inspection import BACKGROUND, BADGES, MARGIN, inspection_picture
+from anomalib_clipad.pictures.names import LONGEST, PictureNames
+from anomalib_clipad.pictures.text import lettering
+
+from .conftest import files, folder, limited_files, new_engine
+
+GREY = Image.new("RGB", (400, 300), (120, 120, 120))
+BAD = Verdict("line/nut.png", "nut", score=0.83, threshold=0.5, label=True, p_value=0.04, truth=False)
+
+
+def beside_the_page(root: Path) -> list[str]:
+    """Files of a run but for those of its page."""
+    return [name for name in files(root) if "report.html" not in name and "report_files" not in name]
+
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def panels(picture: Image.Image, image: Image.Image) -> list[np.ndarray]:
+    """The parts of a picture that show the image, found by the plain image on the left or on top."""
+    whole, part = pixels_of(picture), pixels_of(image)
+    height, width = part.shape[:2]
+    top = next(y for y in range(len(whole)) if (whole[y : y + height, MARGIN : MARGIN + width] == part).all())
+    lefts = range(MARGIN, whole.shape[1] - width, width + 10)
+    return [whole[top : top + height, left : left + width] for left in lefts]
+
+
+def drawn(values: np.ndarray, **arguments: object) -> list[np.ndarray]:
+    return panels(inspection_picture(GREY, values, BAD, **arguments), GREY)
+
+
+def test_the_same_value_has_the_same_colour_whatever_the_rest_of_the_map_is() -> None:
+    calm, loud = np.full((30, 40), 0.1), np.full((30, 40), 0.9)
+    calm[10:20, 10:20] = loud[10:20, 10:20] = 0.6
+    (_, first), (_, second) = drawn(calm), drawn(loud)
+    assert (first[150, 150] == second[150, 150]).all()
+    assert (first[20, 20] != second[20, 20]).any()
+
+
+def test_a_normal_image_looks_calm_and_an_anomalous_one_does_not() -> None:
+    def away(values: float) -> float:
+        image, heat = drawn(np.full((30, 40), values))
+        return np.abs(image - heat).mean()
+
+    assert away(0.0) == 0
+    assert away(0.2) < 12
+    assert away(0.2) < away(0.45) < 35 < away(0.8) < away(1.0)
+
+
+def test_the_outlines_are_where_the_masks_are() -> None:
+    marked, true = np.zeros((30, 40), dtype=bool), np.zeros((30, 40), dtype=bool)
+    marked[10:20, 5:15], true[3:9, 20:36] = True, True
+    _, heat, truth = drawn(np.zeros((30, 40)), pred_mask=marked, gt_mask=true)
+    for panel, colour, mask in ((heat, PREDICTED, marked), (truth, GROUND_TRUTH, true)):
+        rows, columns = np.nonzero((panel == colour).all(axis=-1))
+        wanted_rows, wanted_columns = np.nonzero(mask)
+        box = [10 * wanted_rows.min(), 10 * wanted_columns.min(), 10 * wanted_rows.max(), 10 * wanted_columns.max()]
+        found = [rows.min(), columns.min(), rows.max() - 9, columns.max() - 9]
+        assert np.abs(np.subtract(box, found)).max() <= 1
+        assert (panel[15 * 10, 10 * 10 :: 400] == (120, 120, 120)).all()
+
+
+def test_a_map_that_is_not_a_number_is_grey_and_said() -> None:
+    values = np.zeros((30, 40))
+    values[:, 20:] = np.nan
+    _, heat = drawn(values)
+    assert (heat[:, 380:] == heat[0, 399]).all()
+    assert heat[0, 399].max() - heat[0, 399].min() <= 2
+    assert (heat[0, 399] != heat[0, 0]).any()
+    headers = [inspection_picture(GREY, shown, BAD).crop((0, 0, 828, 110)) for shown in (values, np.zeros((30, 40)))]
+    assert ImageChops.difference(*headers).getbbox(), "said"
+    assert Verdict("a", score=float("nan"), threshold=0.5, label=True).comparison == "score is not a number"
+
+
+SIZES = [(500, 1270), (1270, 500), (32, 32), (1, 2000), (2000, 1), (576, 768)]
+NAMES = ["W" * 300 + ".png", "零件クッキー쿠키" * 30, "two\nlines", "<script>" * 20]
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [*((size, "nut.png") for size in SIZES), *((size, name) for size in SIZES[:2] for name in NAMES)]
+)
+def test_nothing_is_cut_off_and_the_image_keeps_its_shape(size: tuple[int, int], name: str, tmp_path: Path) -> None:
+    Image.new("RGB", size, (200, 30, 30)).save(tmp_path / "image.png")
+    image = read_picture(tmp_path / "image.png", 512)
+    assert abs(image.width * size[1] - image.height * size[0]) <= max(size)
+    assert max(image.size) <= 512
+    verdict = Verdict("a.png", name, 0.5000004, 0.5, label=True, p_value=0.04, truth=False, explanation=name * 9)
+    mask = np.ones((8, 8))
+    picture = pixels_of(inspection_picture(image, mask, verdict, name, pred_mask=mask, gt_mask=mask))
+    border = picture.copy()
+    border[MARGIN - 3 : 3 - MARGIN, MARGIN - 3 : 3 - MARGIN] = BACKGROUND
+    assert (border == BACKGROUND).all(), "a margin around everything"
+    assert (picture == BADGES["anomalous"]).all(axis=-1).sum() > 200
+    assert max(picture.shape) < 1900
+
+
+def test_score_and_threshold_are_told_apart() -> None:
+    assert Verdict("a", score=0.50004, threshold=0.5, label=True).comparison == "score 0.50004 > threshold 0.50000"
+    assert Verdict("a", score=0.5, threshold=0.5, label=False).comparison == "score 0.500 ≤ threshold 0.500"
+
+
+def test_letters_that_the_font_lacks_come_from_another_or_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    letter = "\u24b6"  # in a font that comes with matplotlib, and not in the font of the pictures
+    words, face = lettering(f"a{letter}", 12)
+    assert (words, face.getname()[0]) == ("a\\u24b6", "DejaVu Sans")
+    monkeypatch.setattr(text, "FAMILIES", ("STIXGeneral",))
+    text._other_files.cache_clear()
+    try:
+        words, face = lettering(letter, 12)
+    finally:
+        text._other_files.cache_clear()
+    assert (words, face.getname()[0]) == (letter, "STIXGeneral")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "I;16", "F"])
+def test_an_image_of_any_kind_looks_as_the_model_sees_it(mode: str, tmp_path: Path) -> None:
+    shades = np.tile(np.linspace(0, 255, 320).astype(np.uint8), (240, 1))
+    deep = {"I;16": shades.astype(np.uint16) * 257, "F": shades.astype(np.float32) / 255}
+    image = (
+        Image.fromarray(deep[mode])
+        if mode in deep
+        else Image.fromarray(shades).convert("RGB" if mode == "CMYK" else "L").convert(mode)
+    )
+    image.save(tmp_path / "image.tiff")
+    shown = pixels_of(read_picture(tmp_path / "image.tiff", 512))
+    assert shown.shape == (240, 320, 3)
+    assert np.abs(shown - shades[:, :, None]).max() <= 1
+
+
+def test_pictures_of_two_runs_and_of_two_folders_stay_apart(
+    small_clip: str, category: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip)
+    with caplog.at_level("INFO", "anomalib_clipad"):
+        first = engine.predict(model, data_path=category / "test")
+    assert f"Results in results/ClipAdSdp/latest/predict/v0: {NAME}, images." in caplog.text
+    engine.predict(model, data_path=category / "test/good")
+    engine.test(model, datamodule=folder(category), verbose=False)
+    runs = Path(engine.trainer.default_root_dir)
+    names = [f"images/{path.relative_to(category / 'test')}" for path in (category / "test").rglob("*.png")]
+    assert [name for name in beside_the_page(runs / "predict/v0") if name != NAME] == sorted(names)
+    assert len(beside_the_page(runs / "predict/v1/images")) == 5
+    assert sorted(beside_the_page(runs / "test/v0")) == sorted([*names, NAME])
+    table = pd.read_csv(runs / "predict/v0" / NAME)
+    assert list(table.picture) == [batch.picture[0] for batch in first]
+    for row in table.itertuples():
+        assert row.path.endswith(row.picture.removeprefix("images/"))
+
+
+def test_no_two_images_have_one_picture() -> None:
+    long = [f"a/{'x' * 120}{number}{'y' * 120}.png" for number in range(9)]
+    paths = ["a/1.png", "a/1.jpg", "b/1.png", "a/1.png.jpg", "a/1?.png", "a/1*.png", "a/1\n.png", *long, "a/\udc80.png"]
+    for part in (paths, paths[2:]):
+        pictures = [PictureNames(part)(path) for path in part]
+        assert len(set(map(str, pictures))) == len(part)
+        assert all(len(piece.encode()) <= LONGEST + 20 for picture in pictures for piece in picture.parts)
+        assert not any(set(str(picture)) & set('<>:"|?*\\\n') for picture in pictures)
+    others = {str(PictureNames([])(path)) for path in paths}
+    assert len(others) == len(paths)
+    assert not any(name.startswith(("/", "..")) for name in others)
+
+
+def test_runs_that_begin_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    made: list[Path] = []
+    ready = threading.Barrier(4)
+
+    def begin() -> None:
+        ready.wait()
+        made.append(_new_folder(tmp_path / "predict"))
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 4
+
+
+def test_a_picture_shows_score_and_verdict_of_its_image(small_clip: str, category: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    batches = engine.predict(ClipAdSdp(backbone=small_clip), datamodule=folder(category, eval_batch_size=4))
+    runs = Path(engine.trainer.default_root_dir)
+    labels = []
+    for item in (item for batch in batches for item in batch.items):
+        picture = pixels_of(Image.open(runs / "predict/v0" / item.picture))
+        counts = {word: (picture == colour).all(axis=-1).sum() for word, colour in BADGES.items()}
+        assert max(counts, key=counts.get) == ("anomalous" if item.pred_label else "normal")
+        labels.append(bool(item.pred_label))
+        assert ((picture == GROUND_TRUTH).all(axis=-1).sum() > 50) == bool(item.gt_label)
+    assert set(labels) == {True, False}
+
+
+def test_without_a_post_processor_there_is_a_picture_and_no_verdict(
+    small_clip: str, image_folder: Path, tmp_path: Path
+) -> None:
+    engine = new_engine(tmp_path)
+    batches = engine.predict(ClipAdSdp("cup", small_clip, post_processor=False), data_path=image_folder)
+    picture = pixels_of(Image.open(Path(engine.trainer.default_root_dir) / "predict/v0" / batches[0].picture[0]))
+    assert not any((picture == colour).all(axis=-1).any() for colour in BADGES.values())
+
+
+def test_an_image_that_is_gone_is_drawn_as_the_model_saw_it(
+    small_clip: str, image_folder: Path, tmp_path: Path
+) -> None:
+    class Vanishing(ClipAdSdp):
+        def predict_step(self, batch: object, *arguments: object, **others: object) -> object:
+            for path in batch.image_path:
+                Path(path).unlink()
+            return super().predict_step(batch, *arguments, **others)
+
+    Image.new("RGB", (40, 40), (250, 120, 0)).save(image_folder / "a.png")
+    engine = new_engine(tmp_path)
+    engine.predict(Vanishing("cup", small_clip), data_path=image_folder / "a.png")
+    picture = pixels_of(Image.open(Path(engine.trainer.default_root_dir) / "predict/v0/images/a.png"))
+    assert (np.abs(picture - (250, 120, 0)).max(axis=-1) <= 2).sum() > 300 * 300
+
+
+def test_a_full_disk_while_drawing_is_one_sentence_and_leaves_whole_pictures(small_clip: str, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (300, 300), "grey").save(photos / "0.png")
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photos / "1.png")
+    engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip)
+    model.choose_class("cup")
+    with limited_files(200_000), pytest.raises(InputError, match="1.png cannot be written .*; what was written stays"):
+        engine.predict(model, data_path=photos)
+    run = Path(engine.trainer.default_root_dir) / "predict/v0"
+    assert beside_the_page(run) == ["images/0.png", NAME]
+    Image.open(run / "images/0.png").load()
+    assert len(pd.read_csv(run / NAME)) == 1
+    assert not [callback for callback in engine.trainer.callbacks if isinstance(callback, ClipAdVisualizer)]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(small_clip: str, image_folder: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    (tmp_path / "results/ClipAdSdp/latest").mkdir(parents=True)
+    (tmp_path / "results/ClipAdSdp/latest/predict").write_text("a file")
+    with pytest.raises(InputError, match="predict cannot be written .*set default_root_dir to another folder"):
+        engine.predict(ClipAdSdp("cup", small_clip), data_path=image_folder)
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        (["false"], ["predict/v0/predictions.csv"]),
+        (["ImageVisualizer"], ["images/pictures/a.png", "images/pictures/b.jpg", "predict/v0/predictions.csv"]),
+        (
+            ["ClipAdVisualizer", "--model.visualizer.longest_side", "100"],
+            ["predict/v0/images/a.png", "predict/v0/images/b.png", "predict/v0/predictions.csv"],
+        ),
+    ],
+)
+def test_the_command_turns_pictures_off_and_takes_another_visualizer(
+    way: list[str], expected: list[str], small_clip: str, image_folder: Path, tmp_path: Path, anomalib: Callable
+) -> None:
+    model = ["--model", "ClipAdSdp", "--model.backbone", small_clip, "--model.class_name", "cup"]
+    done = anomalib("predict", *model, "--data", image_folder, "--model.visualizer", *way)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = next((tmp_path / "results").rglob("predict")).parent
+    assert [name for name in beside_the_page(results) if name != "config.yaml"] == expected
+
+
+def test_models_of_others_draw_with_our_visualizer(category: Path, tmp_path: Path) -> None:
+    from anomalib.models import Padim
+
+    torch.manual_seed(0)
+    model = Padim(
+        backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=10, visualizer=ClipAdVisualizer()
+    )
+    engine = new_engine(tmp_path)
+    engine.fit(model, datamodule=folder(category))
+    engine.test(model, datamodule=folder(category), verbose=False)
+    assert len(beside_the_page(Path(engine.trainer.default_root_dir) / "images")) == 11
+
+
+def test_the_next_model_on_an_engine_draws_with_its_own(small_clip: str, image_folder: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    engine.predict(ClipAdSdp("cup", small_clip), data_path=image_folder)
+    engine.predict(ClipAdSdp("cup", small_clip, visualizer=ImageVisualizer()), data_path=image_folder)
+    results = Path(engine.trainer.default_root_dir)
+    assert beside_the_page(results / "predict/v1") == [NAME]
+    assert beside_the_page(results / "images") == ["pictures/a.png", "pictures/b.jpg"]
+
+
+def test_a_side_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(InputError, match="longest_side must be positive, got 0"):
+        ClipAdVisualizer(longest_side=0)
