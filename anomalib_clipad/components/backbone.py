@@ -5,11 +5,13 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import open_clip
+import torch
 from huggingface_hub import constants
 from open_clip.pretrained import get_pretrained_cfg
 from torch import nn
@@ -57,6 +59,31 @@ class Backbone(NamedTuple):
     tokenizer: Tokenizer
     mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN
     std: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD
+
+
+class LazyTokenizer:
+    """open_clip's tokenizer, which reads its vocabulary when it is first used.
+
+    Args:
+        name: See ``open_clip.get_tokenizer``.
+        **options: Likewise.
+
+    Example:
+        >>> LazyTokenizer("ViT-B-32", context_length=12)(["a bottle"]).shape
+        torch.Size([1, 12])
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:  # noqa: ANN401 - open_clip's
+        self.name, self.options = name, options
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer itself."""
+        return open_clip.get_tokenizer(self.name, **self.options)
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        """Tokens of sentences."""
+        return self.tokenizer(prompts)
 
 
 class OpenedBackbone(NamedTuple):
@@ -109,7 +136,8 @@ def load_backbone(
     """
     opened = open_backbone(backbone, pretrained)
     opened.fill_text()
-    return opened.loaded
+    lazy = cast("LazyTokenizer", opened.loaded.tokenizer)
+    return opened.loaded._replace(tokenizer=lazy.tokenizer)
 
 
 def open_backbone(
@@ -137,7 +165,7 @@ def open_backbone(
         preprocess = config["preprocess_cfg"]
         weights = weights or found
         clip = build_clip(backbone, config["model_cfg"], empty=weights is not None)
-        tokenizer = open_clip.get_tokenizer("ViT-B-32", **_tokenizer_options(backbone, config["model_cfg"]))
+        tokenizer = LazyTokenizer("ViT-B-32", **_tokenizer_options(backbone, config["model_cfg"]))
         trusted = False
     else:
         model_config = open_clip.get_model_config(backbone)
@@ -156,7 +184,7 @@ def open_backbone(
             weights = from_tag(backbone, pretrained)
         # open_clip compares downloads from a URL with their checksum.
         trusted = openai and weights is not None and weights.parent == URL_CACHE.expanduser()
-        tokenizer = open_clip.get_tokenizer(backbone)
+        tokenizer = LazyTokenizer(backbone)
 
     if weights is None:
         logger.warning(
