@@ -63,3 +63,24 @@ def test_surgery_and_softmax_stay_in_float32(dtype: torch.dtype) -> None:
     for a, b in zip(ours, model.scores_of(widened), strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("times", "warned"), [(6.0, True), (0.5, False)])
+def test_a_precision_that_is_slower_here_is_said_once(
+    small_clip: str,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    times: float,
+    warned: bool,
+) -> None:
+    seconds = {torch.bfloat16: times, torch.float32: 1.0}
+    monkeypatch.setattr("anomalib_clipad.engine.precision.seconds_of", seconds.__getitem__)
+    model = ClipAdSdp("cup", small_clip, visualizer=False)
+    model.table = model.page = None
+    new_engine(tmp_path, precision="bf16-true").predict(model, data_path=image_folder)
+    assert caplog.text.count("bf16-true is slower than float32 on this CPU") == int(warned)
+    assert ("6.0 times as long" in caplog.text) == warned
+    new_engine(tmp_path).predict(model, data_path=image_folder)
+    assert caplog.text.count("slower than float32") == int(warned)
