@@ -7,6 +7,7 @@ import torch
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.components import DualPathVisionTransformer, attention
+from anomalib_clipad.engine import precision as speeds
 
 from .conftest import build_model, make_clip, new_engine
 
@@ -76,7 +77,8 @@ def test_a_precision_that_is_slower_here_is_said_once(
     warned: bool,
 ) -> None:
     seconds = {torch.bfloat16: times, torch.float32: 1.0}
-    monkeypatch.setattr("anomalib_clipad.engine.precision.seconds_of", seconds.__getitem__)
+    monkeypatch.setattr(speeds, "seconds_of", seconds.__getitem__)
+    speeds._warn_once.cache_clear()
     model = ClipAdSdp("cup", small_clip, visualizer=False)
     model.table = model.page = None
     new_engine(tmp_path, precision="bf16-true").predict(model, data_path=image_folder)

@@ -24,13 +24,17 @@ def warn_of_slow_precision(trainer: Trainer) -> None:
         >>> warn_of_slow_precision(Trainer(logger=False, accelerator="cpu"))
     """
     dtype = DTYPES.get(str(trainer.precision).partition("-")[0])
-    if dtype is None or trainer.strategy.root_device.type != "cpu":
-        return
+    if dtype is not None and trainer.strategy.root_device.type == "cpu":
+        _warn_once(str(trainer.precision), dtype)
+
+
+@cache
+def _warn_once(precision: str, dtype: torch.dtype) -> None:
     if (times := seconds_of(dtype) / seconds_of(torch.float32)) > SLOWER:
         logger.warning(
             "Precision %s is slower than float32 on this CPU: a matrix product takes %.1f times as long. "
             "Leave trainer.precision at its default.",
-            trainer.precision,
+            precision,
             times,
         )
 
