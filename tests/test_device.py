@@ -67,23 +67,24 @@ def on_gpu(module: nn.Module, fake: FakeTensorMode) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ClipAdSdp", "ClipAdSdpPlus"])
-@pytest.mark.parametrize("references", [0, 2])
+@pytest.mark.parametrize(("references", "tiles"), [(0, {}), (2, {}), (2, {"image_size": (40, 56), "tile_size": 32})])
 def test_images_become_maps_without_leaving_the_gpu_or_waiting_for_it(
-    small_clip: str, tmp_path: Path, name: str, dtype: torch.dtype, references: int
+    small_clip: str, tmp_path: Path, name: str, dtype: torch.dtype, references: int, tiles: dict[str, object]
 ) -> None:
-    model = build_model(name, small_clip, tmp_path, visualizer=False)
+    size = tiles.get("image_size", (32, 32))
+    model = build_model(name, small_clip, tmp_path, visualizer=False, **tiles)
     model.choose_class("widget")
     if references:
-        scores = model.model.set_references([torch.rand(references, 3, 32, 32)])
+        scores = model.model.set_references([torch.rand(references, 3, *size)])
         model.post_processor.set_from_normal(model.model, [scores], references)
     chain = Chain(model.eval()).to(dtype)
     with FakeTensorMode() as fake:
         state = on_gpu(chain, fake)
-        images = torch.rand(3, 3, 32, 32, device="cuda", dtype=dtype)
+        images = torch.rand(3, 3, *size, device="cuda", dtype=dtype)
         classes = torch.zeros(3, device="cuda", dtype=torch.long)
         with Stay():
             out = functional_call(chain, state, (images, classes))
-    assert [tuple(value.shape) for value in out] == [(3,), (3,), (3, 32, 32), (3, 32, 32)]
+    assert [tuple(value.shape) for value in out] == [(3,), (3,), (3, *size), (3, *size)]
 
 
 def test_the_training_loss_stays_on_the_gpu_too(small_clip: str, tmp_path: Path) -> None:

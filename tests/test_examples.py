@@ -52,3 +52,10 @@ def test_gpu_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip:
     wanted = [[p, n, m] for p in ("float32", "bf16") for n in ("1", "3") for m in ("encode_image", "SDP", "SDP+")]
     assert [[row[0], row[2], row[3]] for row in rows] == wanted
     assert all(float(row[4]) > 0 and float(row[5].removesuffix(" x")) > 0 for row in rows)
+
+
+def test_mosaics_are_drawn_and_counted(tmp_path: Path) -> None:
+    said = run("examples/mosaic.py", "--mosaics", 2, "--references", 1, cwd=tmp_path)
+    assert "tiles: the peak lies in the broken part in 2 of 2 mosaics" in said
+    sheets = sorted((tmp_path / "results/mosaic").glob("*.png"))
+    assert [Image.open(sheet).size for sheet in sheets] == [(3 * 728, 518)] * 2

@@ -1,5 +1,6 @@
 """Tiles in the engine: test, predict, references, checkpoints, training and exports."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +80,19 @@ def test_an_onnx_file_cuts_tiles_itself(small_clip: str, category: Path, tmp_pat
             expected = model.eval()(batch)
         np.testing.assert_allclose(np.squeeze(found["anomaly_map"]), expected.anomaly_map.squeeze(), atol=1e-4)
         np.testing.assert_allclose(found["pred_score"].ravel(), expected.pred_score, atol=1e-4)
+
+
+def test_tiles_on_the_command_line(anomalib: Callable, small_clip: str, category: Path, tmp_path: Path) -> None:
+    result = anomalib(
+        "predict", "--model", "ClipAdSdp", "--model.backbone", small_clip, "--model.class_name", "cup",
+        "--model.image_size", "[40, 56]", "--model.tile_size", "32", "--model.tile_overlap", "0.5",
+        "--data", category / "test/good",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(list(tmp_path.rglob("predictions.csv"))) == 1
+    result = anomalib(
+        "predict", "--model", "ClipAdSdp", "--model.backbone", small_clip, "--model.image_size", "[24, 56]",
+        "--model.tile_size", "32", "--data", category / "test/good",
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "error: tile_size 32 x 32 is larger than the picture" in result.stderr

@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 OPSET = 18  # the oldest that torch's exporter writes itself; anomalib's 14 is tried, fails loudly and is given up
 ONNX_PACKAGES = ("onnx", "onnxscript")
+TALKATIVE = ("onnxscript", "onnx_ir")  # a thousand lines an export
 LARGEST_ONNX = 2_000_000_000  # bytes of weights in one file; the graph needs some of the 2 GiB that it may have
 DRAFT = ".export-"
 ROOM = 1 << 20  # bytes free on a disk that is not the reason why a file could not be written
@@ -96,7 +98,8 @@ class WholeExportMixin(ExportMixin):
         )
         kwargs.setdefault("external_data", size >= LARGEST_ONNX)
         export = super().to_onnx
-        return _write(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
+        with _warnings_only(*TALKATIVE):
+            return _write(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
 
     def to_openvino(  # type: ignore[override]  # anomalib names the rest one by one
         self,
@@ -157,6 +160,20 @@ class WholeExportMixin(ExportMixin):
         datamodule.setup("fit")
         images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
         return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER)
+
+
+@contextmanager
+def _warnings_only(*names: str) -> Iterator[None]:
+    """Keep loggers from saying less than a warning."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 def _check_arguments(export_root: object, model_file_name: object, input_size: object = None) -> None:

@@ -205,13 +205,17 @@ class ClipAdSdpModel(FewShotNetwork):
         """The map and the two scores of images, see :meth:`forward` and :meth:`Tiling.join`."""
         self.check_size(images, self.image_size)
         whole = self._look(self.tiling.whole(images), self.references, class_index)
+        tiles = self._look_at_tiles(images, class_index) if len(self.tiling) else None
+        with torch.autocast(self.text_features.device.type, enabled=False):
+            return self.joined_scores(self.tiling.join(whole, tiles))
+
+    def _look_at_tiles(self, images: torch.Tensor, class_index: torch.Tensor | None) -> ViewScores:
         indices: Iterable[torch.Tensor | None] = repeat(None)
         if class_index is not None:
             indices = class_index.repeat_interleave(len(self.tiling)).split(self.tile_batch_size)
         views = self.tiling.tiles(images, self.tile_batch_size)
-        tiles = [self._look(view, self.tile_references, index) for view, index in zip(views, indices, strict=False)]
-        with torch.autocast(self.text_features.device.type, enabled=False):
-            return self.joined_scores(self.tiling.join(whole, ViewScores.cat(tiles) if tiles else None))
+        pairs = zip(views, indices, strict=False)
+        return ViewScores.cat([self._look(view, self.tile_references, index) for view, index in pairs])
 
     def _look(self, views: torch.Tensor, bank: ReferenceBank, class_index: torch.Tensor | None) -> ViewScores:
         """Run the tower, and compare what it gives with text vectors and references."""

@@ -1,0 +1,170 @@
+"""Tiles and shapes: time and memory as ratios measured in one run, and what they find.
+
+    python benchmarks/tiles.py                              # ViT-B-16-plus-240, random weights, 20 minutes on two cores
+    python benchmarks/tiles.py --find FOLDER [FOLDER ...]   # SDP, demonstration backbone, folders in MVTec's layout
+
+Time: a picture of T tiles against T untiled images in batches of the same size; pairs of calls alternate, and the
+median of their ratios is printed. Memory: what one forward adds, at its peak, to a fresh process, for a picture of
+4000 x 4000 pixels and for a batch of untiled images. To the latter the maps are added that only a large picture has:
+the map of every tile, and four of the size of the picture.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from anomalib.data.utils import read_image
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch.nn import functional as F
+
+from anomalib_clipad.engine.pre_processing import clip_transform
+from anomalib_clipad.sdp import ClipAdSdpModel
+
+BATCH = 8
+TIMED, LARGE = (6, 8), 4000  # tiles in rows and columns; pixels a side
+MOST_TIME, MOST_MEMORY = 1.05, 1.3
+LONGER_SIDE = 256  # pixels at which maps and masks are compared
+MEBIBYTE = 2**20
+
+
+def build(
+    backbone: str, image_size: tuple[int, int] | None = None, tile_size: tuple[int, int] | None = None
+) -> ClipAdSdpModel:
+    """SDP with a random text vector, which changes neither time nor memory."""
+    model = ClipAdSdpModel(backbone, None, image_size=image_size, tile_size=tile_size, tile_batch_size=BATCH).eval()
+    model.text_features = F.normalize(torch.randn(1, 2, model.visual.embed_dim), dim=-1)
+    return model
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_ratio(backbone: str, pairs: int) -> float:
+    """Median of time of T tiles over T untiled images."""
+    plain = build(backbone)
+    tile = plain.image_size
+    size = tuple(round(side * (1 + 0.75 * (count - 1))) for side, count in zip(tile, TIMED, strict=True))
+    tiled = build(backbone, size, tile)
+    count = len(tiled.tiling)
+    picture, images = torch.randn(1, 3, *size), torch.randn(count, 3, *tile)
+    with torch.inference_mode():
+
+        def untiled() -> None:
+            for batch in images.split(BATCH):
+                plain(batch)
+
+        tiled(picture), untiled()
+        ratio = statistics.median(seconds(lambda: tiled(picture)) / seconds(untiled) for _ in range(pairs))
+    print(
+        f"{count} tiles in {size[0]} x {size[1]} / {count} untiled images, batches of {BATCH}: {ratio:.3f}, "
+        f"wanted: {MOST_TIME}"
+    )
+    return ratio
+
+
+def status(key: str) -> float:
+    """MiB of this process by the kernel's count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+def added_memory(backbone: str, large: bool) -> tuple[float, float]:
+    """MiB that one forward adds at its peak, and MiB of the maps that a large picture has."""
+    logging.disable(logging.WARNING)
+    model, maps = build(backbone), 0.0
+    if large:
+        tile = model.image_size
+        model = build(backbone, (LARGE, LARGE), tile)
+        maps = 4 * (len(model.tiling) * tile[0] * tile[1] + 4 * LARGE**2) / MEBIBYTE
+    images = torch.randn(1 if large else BATCH, 3, *model.image_size)
+    with torch.inference_mode():
+        model.visual(torch.randn(1, 3, *model.view_size))
+        Path("/proc/self/clear_refs").write_text("5")  # counts the peak anew
+        before = status("VmRSS")
+        model(images)
+    return status("VmHWM") - before, maps
+
+
+def memory_ratio(backbone: str) -> float:
+    """Peak of a large picture over that of untiled images and its maps."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once, so the peak is the code's own
+    peaks = []
+    for large in (False, True):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks.append(pool.apply(added_memory, (backbone, large)))
+    (plain, _), (tiled, maps) = peaks
+    ratio = tiled / (plain + maps)
+    print(
+        f"{LARGE} x {LARGE} / {BATCH} untiled images and maps: {tiled:.0f} / ({plain:.0f} + {maps:.0f}) MiB = "
+        f"{ratio:.2f}, wanted: {MOST_MEMORY}"
+    )
+    return ratio
+
+
+def find(root: Path, name: str, **arguments: object) -> str:
+    """Image AUROC, pixel AUROC and pixel AP of a folder, in per cent."""
+    model = ClipAdSdpModel("demo", None, [name], **arguments).eval()
+    transform = clip_transform(model.image_size, model.mean, model.std)
+    labels, scores, maps, masks = [], [], [], []
+    for path in sorted((root / "test").glob("*/*")):
+        kind = path.parent.name
+        image = read_image(path, as_tensor=True)
+        with torch.inference_mode():
+            prediction = model(transform(image)[None])
+        labels.append(kind != "good")
+        scores.append(float(prediction.pred_score))
+        scale = LONGER_SIDE / max(image.shape[-2:])
+        size = [round(side * scale) for side in image.shape[-2:]]
+        maps.append(F.interpolate(prediction.anomaly_map[None], size, mode="bilinear", antialias=True).numpy().ravel())
+        mask = np.zeros(size)
+        if labels[-1]:
+            with Image.open(next((root / "ground_truth" / kind).glob(f"{path.stem}*"))) as picture:
+                mask = np.asarray(picture.convert("L").resize(size[::-1], Image.Resampling.NEAREST))
+        masks.append(mask.ravel() > 0)
+    pixels = np.concatenate(masks), np.concatenate(maps)
+    found = roc_auc_score(labels, scores), roc_auc_score(*pixels), average_precision_score(*pixels)
+    return " / ".join(f"{100 * value:.1f}" for value in found)
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="ViT-B-16-plus-240")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--find", type=Path, nargs="*", default=[])
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if not arguments.find:
+        print(
+            f"{arguments.backbone}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
+        time_ratio(arguments.backbone, arguments.pairs)
+        memory_ratio(arguments.backbone)
+        return
+    print("| data, height x width | square | auto | tiles of 96 in twice that |\n|---|---|---|---|")
+    for root in arguments.find:
+        with Image.open(sorted((root / "test").glob("*/*"))[0]) as first:
+            width, height = first.size
+        auto = ClipAdSdpModel("demo", None).keep_shape(height, width)
+        double = tuple(2 * side for side in auto)
+        name = root.name.removesuffix("_toy").replace("_", " ")
+        sizes = ({}, {"image_size": auto}, {"image_size": double, "tile_size": 96})
+        cells = [find(root, name, **size) for size in sizes]
+        print(f"| `{root.name}`, {height} x {width} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
