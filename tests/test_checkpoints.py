@@ -1,15 +1,20 @@
-"""Checkpoints of earlier versions, state dicts, and files that are damaged."""
+"""Checkpoints: what they hold, what they are refused for, and those of earlier versions."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from anomalib.engine import Engine
 
-from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 from anomalib_clipad.data import DemoTextures
 
-from .conftest import new_engine
+from . import conftest
+from .conftest import new_engine, save_clip
 
+folder = partial(conftest.folder, eval_batch_size=4)
 DATA = Path(__file__).parent / "data/checkpoints"
 
 
@@ -39,3 +44,88 @@ def test_a_checkpoint_of_version_0_1_gives_the_same_scores(
         assert batch.pred_label.item() is label
         assert batch.pred_mask.float().mean().item() == pytest.approx(area, abs=1e-3)
     assert model.model.class_names == ("linen",)
+
+
+def checkpoint(engine: Engine) -> Path:
+    return Path(engine.trainer.default_root_dir) / "weights/lightning/model.ckpt"
+
+
+@pytest.mark.parametrize("way", ["ckpt_path", "load_from_checkpoint"])
+def test_checkpoint_needs_no_labels_no_text_tower_and_no_class_name(
+    small_clip: str, category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    first, model = new_engine(tmp_path / "a"), ClipAdSdp(visualizer=False, backbone=small_clip)
+    first.test(model, datamodule=folder(category))
+    path = checkpoint(first)
+    expected = new_engine(tmp_path / "b").predict(model, data_path=category / "test")
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("the text tower was asked")
+
+    monkeypatch.setattr("anomalib_clipad.components.text_encoder.TextEncoder.encode", refuse)
+    second = new_engine(tmp_path / "c")
+    if way == "ckpt_path":
+        ours = second.predict(
+            ClipAdSdp(visualizer=False, backbone=small_clip), data_path=category / "test", ckpt_path=path
+        )
+    else:
+        ours = second.predict(ClipAdSdp.load_from_checkpoint(path), data_path=category / "test")
+    for a, b in zip(ours, expected, strict=True):
+        for key in ("pred_score", "pred_label", "anomaly_map", "pred_mask"):
+            assert torch.equal(getattr(a, key), getattr(b, key)), key
+
+
+def test_checkpoint_holds_what_is_not_clip(small_clip: str, category: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    model = ClipAdSdp(
+        visualizer=False, backbone=small_clip, prompts={"normal_states": ["good {}"]}, rvs={"method": "kde"}
+    )
+    engine.test(model, datamodule=folder(category))
+    content = torch.load(checkpoint(engine), weights_only=True)
+    assert not any("visual" in key for key in content["state_dict"])
+    tensors = [value for value in content["state_dict"].values() if isinstance(value, torch.Tensor)]
+    assert sum(value.numel() for value in tensors) < 100
+    restored = ClipAdSdp.load_from_checkpoint(checkpoint(engine))
+    assert restored.model.prompts == model.model.prompts
+    assert restored.model.rvs == {"method": "kde"}
+
+
+def test_checkpoint_of_other_weights_is_refused(small_clip: str, category: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    engine.test(ClipAdSdp(visualizer=False, backbone=small_clip), datamodule=folder(category))
+    other = str(save_clip(tmp_path / "other", seed=5))
+    with pytest.raises(InputError, match="does not fit this model: backbone was .*; weights was '.*', here it is"):
+        ClipAdSdp.load_from_checkpoint(checkpoint(engine), backbone=other)
+    moved = ClipAdSdp.load_from_checkpoint(checkpoint(engine), backbone=str(save_clip(tmp_path / "moved")))
+    assert moved.model.class_names == ("widget",)
+    with pytest.raises(InputError, match=r"layers was \[1, 2, 3, 4\], here it is \[2, 4\]"):
+        new_engine(tmp_path / "b").test(
+            ClipAdSdp(visualizer=False, backbone=small_clip, layers=[2, 4]),
+            datamodule=folder(category),
+            ckpt_path=checkpoint(engine),
+        )
+
+
+def test_wrong_checkpoints_are_refused_in_a_sentence(small_clip: str, image_folder: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.ckpt"
+    notes.write_text("hello")
+    with pytest.raises(InputError, match=r"notes\.ckpt is not a checkpoint"):
+        new_engine(tmp_path).predict(
+            ClipAdSdp(visualizer=False, backbone=small_clip), data_path=image_folder, ckpt_path=notes
+        )
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.0.0"}, notes)
+    with pytest.raises(InputError, match="not one of ClipAdSdp"):
+        new_engine(tmp_path).predict(
+            ClipAdSdp(visualizer=False, backbone=small_clip), data_path=image_folder, ckpt_path=notes
+        )
+
+
+def test_checkpoints_class_prevails_and_says_so(
+    small_clip: str, category: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = new_engine(tmp_path)
+    engine.test(ClipAdSdp(visualizer=False, backbone=small_clip), datamodule=folder(category))
+    model = ClipAdSdp(visualizer=False, class_name="gear", backbone=small_clip)
+    new_engine(tmp_path / "b").predict(model, data_path=category / "test/good", ckpt_path=checkpoint(engine))
+    assert model.model.class_names == ("widget",)
+    assert "class 'widget' is used, not 'gear'" in caplog.text

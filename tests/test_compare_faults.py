@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -175,20 +174,6 @@ def test_old_drafts_are_removed_and_new_ones_are_not(tmp_path: Path) -> None:
 def test_sigterm_ends_with_its_status() -> None:
     with pytest.raises(SystemExit) as ended, interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 143
-
-
-def test_a_signal_during_garbage_collection_is_not_lost() -> None:
-    class Finalised:
-        def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def collect_and_go_on() -> None:
-        Finalised()
-        time.sleep(10)
-
-    with pytest.raises(SystemExit) as ended, interruptible():
-        collect_and_go_on()
     assert ended.value.code == 143
 
 
