@@ -69,7 +69,7 @@ def mask_of(path: Path, root: Path) -> np.ndarray:
 @torch.inference_mode()
 def score(model: ClipAdSdp, images: torch.Tensor) -> Scores:
     """Scores of all images, in batches of 16."""
-    return Scores(*map(torch.cat, zip(*(model.model.scores(batch) for batch in images.split(16)), strict=True)))
+    return Scores(*map(torch.cat, zip(*(model.model.scores(batch)[:3] for batch in images.split(16)), strict=True)))
 
 
 def metrics(model: ClipAdSdp, data: Images) -> list[float]:

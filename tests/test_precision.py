@@ -55,7 +55,7 @@ def test_surgery_and_softmax_stay_in_float32(dtype: torch.dtype) -> None:
     from anomalib_clipad.components import DualPathFeatures
     from anomalib_clipad.sdp import ClipAdSdpModel
 
-    model = ClipAdSdpModel(clip=make_clip(), class_names=["widget"], rvs="mean")
+    model = ClipAdSdpModel(clip=make_clip(), class_names=["widget"], rvs="mean", defects=["scratch", "dent"])
     taps = model.visual(torch.rand(3, 3, 32, 32))
     rounded = DualPathFeatures(*([tokens.to(dtype) for tokens in path] for path in taps))
     widened = DualPathFeatures(*([tokens.float() for tokens in path] for path in rounded))

@@ -3,9 +3,11 @@
 from anomalib_clipad.components.backbone import Backbone, OpenedBackbone, fingerprint, load_backbone, open_backbone
 from anomalib_clipad.components.class_text_features import ClassTextFeatures
 from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
+from anomalib_clipad.components.defect_names import DefectName, DefectNames, region_weights
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.image_size import keep_shape
+from anomalib_clipad.components.naming_figures import NamingFigures
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.reference import ReferenceBank
 from anomalib_clipad.components.representative_vector import select_representative_vector
@@ -26,11 +28,14 @@ __all__ = [
     "Backbone",
     "ClassTextFeatures",
     "ConformalThreshold",
+    "DefectName",
+    "DefectNames",
     "DualPathFeatures",
     "DualPathVisionTransformer",
     "Float32Buffers",
     "GaussianSmoothing",
     "MapScale",
+    "NamingFigures",
     "OpenedBackbone",
     "Prediction",
     "PromptEnsemble",
@@ -47,6 +52,7 @@ __all__ = [
     "load_backbone",
     "open_backbone",
     "p_values",
+    "region_weights",
     "select_representative_vector",
     "text_score",
 ]

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from anomalib_clipad.components.defect_names import DefectNames
+from anomalib_clipad.components.defect_words import Defects
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.text_encoder import TextEncoder
@@ -19,6 +21,7 @@ class ClassTextFeatures(Float32Buffers):
         embed_dim: Length D of the vectors.
         prompts: The prompts of a class.
         rvs: Method and options by which the vectors are chosen, see :meth:`TextEncoder.text_features`.
+        defects: Words for what is found, see :class:`DefectNames`; none by default.
 
     Example:
         >>> import open_clip
@@ -37,13 +40,21 @@ class ClassTextFeatures(Float32Buffers):
     text_features: torch.Tensor
     text_encoder: TextEncoder | None  # absent in an exported model
 
-    def __init__(self, text_encoder: TextEncoder, embed_dim: int, prompts: PromptEnsemble, rvs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        embed_dim: int,
+        prompts: PromptEnsemble,
+        rvs: dict[str, Any],
+        defects: Defects = None,
+    ) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.prompts = prompts
         self.rvs = rvs
         self.class_names: tuple[str, ...] = ()
         self.register_buffer("text_features", torch.empty(0, 2, embed_dim))  # normal, anomalous
+        self.defect_names = DefectNames(embed_dim, defects, prompts)
 
     def set_classes(self, class_names: Sequence[str]) -> None:
         """Encode the prompts of these classes; forgets what was measured on images of others.
@@ -60,6 +71,7 @@ class ClassTextFeatures(Float32Buffers):
         if self.text_encoder is None:
             msg = f"This model was exported for {', '.join(self.class_names)}; export one for {', '.join(class_names)}."
             raise InputError(msg)
+        self.defect_names.encode(class_names, self.text_encoder)
         vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
         self.text_features = torch.stack(vectors).to(self.text_features.device)
         self.class_names = tuple(class_names)
@@ -69,18 +81,28 @@ class ClassTextFeatures(Float32Buffers):
         """Have no class, and nothing that was measured on images, as at the beginning."""
         self.class_names = ()
         self.text_features = self.text_features[:0]
+        self.defect_names.forget()
         self.forget_images()
 
     def forget_images(self) -> None:
         """Reset what was measured on images of the present classes."""
+        self.defect_names.baseline.reset()
 
-    def get_extra_state(self) -> dict[str, list[str]]:
-        """What a state dict keeps beside tensors: the classes that the text vectors belong to."""
-        return {"class_names": list(self.class_names)}
+    def name_as_asked(self) -> None:
+        """Encode the words of the argument where a state dict has brought others, or none."""
+        wanted = self.defect_names.wanted(self.class_names)
+        if wanted and wanted != self.defect_names.words and self.text_encoder is not None:
+            self.defect_names.encode(self.class_names, self.text_encoder)
 
-    def set_extra_state(self, state: Mapping[str, Sequence[str]]) -> None:
-        """Take over the classes of a state dict."""
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a state dict keeps beside tensors: the classes of the text vectors, and words for defects."""
+        words = self.defect_names.words
+        return {"class_names": list(self.class_names), **({"defects": list(map(list, words))} if words else {})}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take over the classes and words of a state dict."""
         self.class_names = tuple(state["class_names"])
+        self.defect_names.words = tuple(map(tuple, state.get("defects", ())))
 
     def select_text_features(self, class_index: torch.Tensor | None = None) -> torch.Tensor:
         """Text vectors of a batch: (B, 2, D) by class, or (2, D) of the first class for all images.

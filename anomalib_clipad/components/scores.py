@@ -25,6 +25,7 @@ class Scores(NamedTuple):
         anomaly_map: (B, H, W), smoothed; around 0, larger is more anomalous, at most 1 in size for each stage.
         text_score: (B,) in [0, 1], softmax of the image against the two text vectors.
         map_score: (B,), largest value of the map.
+        defect_evidence: (B, V, N, words) of the patches of V views, if there are words, see :class:`DefectNames`.
 
     Example:
         >>> maps = torch.tensor([[[0.01, -0.02], [0.03, 0.0]]])
@@ -35,6 +36,7 @@ class Scores(NamedTuple):
     anomaly_map: torch.Tensor
     text_score: torch.Tensor
     map_score: torch.Tensor
+    defect_evidence: torch.Tensor | None = None
 
 
 def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:

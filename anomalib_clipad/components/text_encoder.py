@@ -97,6 +97,11 @@ class TextEncoder:
         assert vectors is not None  # noqa: S101 - for the type checker: there is at least one prompt
         return _finite(vectors)
 
+    def fits(self, prompt: str) -> bool:
+        """Whether the tower reads a prompt to its end: the tokenizer cuts one that is too long without a word."""
+        tokens = self.tokenizer([prompt, f"{prompt} {prompt}"])
+        return not torch.equal(tokens[0], tokens[1])
+
     def _tokens(self, prompts: list[str], tower: CLIP | TextTransformer | None) -> torch.Tensor:
         listed = isinstance(prompts, list | tuple) and len(prompts) > 0
         if not listed or not all(isinstance(prompt, str) for prompt in prompts):

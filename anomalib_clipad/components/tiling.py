@@ -29,6 +29,7 @@ class ViewScores(NamedTuple):
         text_map: (B, h, w), from the comparison with the text vectors.
         text_score: (B,) in [0, 1], likewise.
         reference_map: (B, h, w), from the comparison with references, if there are any.
+        defect_evidence: (B, N, words) of the patches, or (B, V, N, words) of those of V views, if there are words.
 
     Example:
         >>> ViewScores(torch.zeros(2, 8, 8), torch.zeros(2)).reference_map is None
@@ -38,6 +39,7 @@ class ViewScores(NamedTuple):
     text_map: torch.Tensor
     text_score: torch.Tensor
     reference_map: torch.Tensor | None = None
+    defect_evidence: torch.Tensor | None = None
 
     @classmethod
     def cat(cls, batches: Sequence["ViewScores"]) -> "ViewScores":
@@ -160,12 +162,33 @@ class Tiling(Float32Buffers):
             whole: Of B pictures.
             tiles: Of their B * T tiles, in the order of :meth:`tiles`; ``None`` where pictures are not cut.
         """
-        maps = (self._join_maps(*pair) for pair in zip(whole[::2], tiles[::2] if tiles else (None, None), strict=True))
-        text_score = whole.text_score
+        text_score, evidence = whole.text_score, whole.defect_evidence
+        if evidence is not None:
+            evidence = evidence[:, None]  # (B, 1, N, words)
         if tiles is not None:
             text_score = (text_score + tiles.text_score.unflatten(0, (-1, len(self))).amax(dim=1)) / 2
-        text_map, reference_map = maps
-        return ViewScores(cast("torch.Tensor", text_map), text_score, reference_map)
+            if evidence is not None and tiles.defect_evidence is not None:
+                evidence = torch.cat([evidence, tiles.defect_evidence.unflatten(0, (-1, len(self)))], dim=1)
+        text_map = cast("torch.Tensor", self._join_maps(whole.text_map, tiles.text_map if tiles else None))
+        reference_map = self._join_maps(whole.reference_map, tiles.reference_map if tiles else None)
+        return ViewScores(text_map, text_score, reference_map, evidence)
+
+    def patch_means(self, maps: torch.Tensor, grid: tuple[int, int], batch_size: int) -> torch.Tensor:
+        """Means of maps of pictures over the patches of the whole picture, and then of its tiles.
+
+        Args:
+            maps: (B, H, W).
+            grid: Rows and columns of patches of a tile.
+            batch_size: Most tiles at once.
+
+        Returns:
+            (B, 1 + tiles, N).
+        """
+        whole = F.adaptive_avg_pool2d(maps[:, None], grid).flatten(2)
+        if len(self) == 0:
+            return whole
+        tiles = [F.adaptive_avg_pool2d(part, grid).flatten(2) for part in self.tiles(maps[:, None], batch_size)]
+        return torch.cat([whole, torch.cat(tiles)[:, 0].unflatten(0, (-1, len(self)))], dim=1)
 
     def _join_maps(self, whole: torch.Tensor | None, tiles: torch.Tensor | None) -> torch.Tensor | None:
         if whole is None:

@@ -36,8 +36,14 @@ MAY_BE_NAN = ("model.fusion.", "post_processor.")
 # Of any number, and of values that earlier versions did not have.
 SCORES_OF_NORMAL = ("post_processor.good_scores", "post_processor.normal")
 BANKS = ("model.references.", "model.tile_references.")
-GROWING = ("model.text_features", *(bank + name for bank in BANKS for name in ReferenceBank.growing), *SCORES_OF_NORMAL)
-SINCE_REFERENCES = (*BANKS, "model.reference_fusion.", *SCORES_OF_NORMAL)
+WORDS = tuple(f"model.defect_names.{name}" for name in ("directions", "baseline.mean", "baseline.std"))
+GROWING = (
+    "model.text_features",
+    *(bank + name for bank in BANKS for name in ReferenceBank.growing),
+    *SCORES_OF_NORMAL,
+    *WORDS,
+)
+SINCE_REFERENCES = (*BANKS, "model.reference_fusion.", *SCORES_OF_NORMAL, *WORDS)
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
 
 
@@ -228,8 +234,20 @@ def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     vectors = state.get("model.text_features")
     if isinstance(vectors, torch.Tensor) and (not isinstance(names, list) or len(names) != len(vectors)):
         problems.append(f"has {len(vectors)} pairs of text vectors for the classes {names!r}")
+    words = extra.get("defects", []) if isinstance(extra, Mapping) else None
+    if not problems and not _words_fit(words, *(len(state.get(key, ())) for key in WORDS), classes=len(names or ())):
+        problems.append(f"has text vectors of other defects than {words!r}")
     if problems:
         raise damaged(problems[0])
+
+
+def _words_fit(words: object, directions: int, *baseline: int, classes: int) -> bool:
+    """Whether words for defects, two or more of every class, and the lengths of what belongs to them agree."""
+    if not isinstance(words, list) or len(words) not in (0, classes):
+        return False
+    if not all(isinstance(own, list) and len(own) > 1 and all(isinstance(word, str) for word in own) for own in words):
+        return False
+    return sum(map(len, words)) == directions and set(baseline) in ({0}, {directions})
 
 
 def _damaged(path: str | Path, error: BaseException) -> str:

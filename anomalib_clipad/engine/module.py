@@ -21,6 +21,7 @@ from anomalib_clipad.components import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
+from anomalib_clipad.engine.defect_naming import DefectNaming
 from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
@@ -125,6 +126,10 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
         """The model's components, and what leaves the trainer as it was."""
         drop_components_of_other_models(self.trainer)
         callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
+        # Behind the post-processor, whose masks and labels it takes, and before what shows its words.
+        callbacks.insert(
+            1 + max((i for i, one in enumerate(callbacks) if one is self.post_processor), default=-1), DefectNaming()
+        )
         # Behind the visualizer, whose pictures the table names.
         callbacks += [writer for writer in (self.table, self.page) if writer is not None]
         if any(isinstance(callback, PredictionTable | PageWriter | ClipAdVisualizer) for callback in callbacks):
@@ -182,6 +187,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
                     ", ".join(map(repr, network.class_names)),
                     name,
                 )
+            network.name_as_asked()
             return
         if name is None and not network.class_names:
             logger.warning(
@@ -201,7 +207,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
         """What holds statistics of the classes at hand."""
         network = self.model
         references = (network.references, network.tile_references, network.reference_fusion)
-        modules = (network.fusion, *references, self.post_processor)
+        modules = (network.fusion, *references, network.defect_names.baseline, self.post_processor)
         return [module for module in modules if isinstance(module, nn.Module)]
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
@@ -236,7 +242,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
             self.keep_scores(ours, scores)
         ours.features = None  # not to be drawn, nor kept with the predictions
         ours.update(**self.model.predictions(scores)._asdict())
-        ours.raw_score = ours.pred_score
+        ours.raw_score, ours.defect_evidence = ours.pred_score, scores.defect_evidence
         return ours
 
     def _scores(self, batch: ZeroShotBatch) -> Scores:

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 
 from anomalib_clipad.components import (
+    DefectName,
+    DefectNames,
     DualPathFeatures,
     DualPathVisionTransformer,
     MapScale,
@@ -28,6 +30,7 @@ class ZeroShotNetwork(Protocol):
         prompts: The prompts of a class.
         text_features: (classes, 2, D) text vectors, normal and anomalous.
         class_names: The classes that these belong to.
+        defect_names: Words for what is found, if any are asked for.
         fusion: One image score from two.
         references: Patches of normal images, if there are any.
         tile_references: Likewise of their tiles, if pictures are cut into any.
@@ -45,6 +48,7 @@ class ZeroShotNetwork(Protocol):
     prompts: PromptEnsemble
     text_features: torch.Tensor
     class_names: tuple[str, ...]
+    defect_names: DefectNames
     fusion: ScoreFusion
     references: ReferenceBank
     tile_references: ReferenceBank
@@ -74,6 +78,14 @@ class ZeroShotNetwork(Protocol):
 
     def forget_classes(self) -> None:
         """Have no class."""
+
+    def name_as_asked(self) -> None:
+        """Encode the argument's words for defects where a state dict has brought others, or none."""
+
+    def name_defects(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> list[DefectName]:
+        """Name what is in regions of images."""
 
     def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
         """Compare all further images with these, and score these, each compared with the others."""

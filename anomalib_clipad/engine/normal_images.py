@@ -203,6 +203,9 @@ class NormalImagesMixin(_Module):
             return
         if post_processor.false_alarm_rate is not None:
             scored += self._score(chain(images, others), len(references) - used + len(others))
+        evidence = [scores.defect_evidence for scores in scored if scores.defect_evidence is not None]
+        if evidence:
+            self.model.defect_names.baseline.fit(torch.cat(evidence))
         post_processor.set_from_normal(self.model, scored, references=used)
 
     def _choose(self, images: Iterator[torch.Tensor], available: int) -> list[torch.Tensor]:

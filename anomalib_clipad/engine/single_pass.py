@@ -90,18 +90,21 @@ class SinglePassMixin(_Module):
         if len(known) < len(found):
             return None
         self.served += len(known)
-        return Scores(*(torch.stack(values).to(self.device) for values in zip(*known, strict=True)))
+        columns = zip(*known, strict=True)
+        present = [torch.stack(column).to(self.device) for column in columns if column[0] is not None]
+        return Scores(*present)
 
     def keep_scores(self, batch: ZeroShotBatch, scores: Scores) -> None:
         """Keep the scores of a batch of the validation pass, as far as there is room."""
         if self._kept_for is None or self.trainer.state.fn != TrainerFn.VALIDATING or not batch.image_path:
             return
-        size = sum(values.nbytes for values in scores)
+        present = [values for values in scores if values is not None]  # in order: the last may be absent
+        size = sum(values.nbytes for values in present)
         if self._kept_bytes + size > MOST_BYTES:
             return
         self._kept_bytes += size
         # A copy, so that a row does not hold its batch, and nothing later changes it.
-        rows = zip(*(values.detach().to("cpu", copy=True) for values in scores), strict=True)
+        rows = zip(*(values.detach().to("cpu", copy=True) for values in present), strict=True)
         self._kept |= {path: Scores(*row) for path, row in zip(batch.image_path, rows, strict=True)}
 
 

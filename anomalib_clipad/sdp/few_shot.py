@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
+from torch.nn import functional as F
 
 from anomalib_clipad.components import (
     ClassTextFeatures,
@@ -24,14 +25,18 @@ class FewShotNetwork(ClassTextFeatures):
     tiling: Tiling
     tile_batch_size: int
     image_size: tuple[int, int]
+    view_size: tuple[int, int]
     grid: tuple[int, int]
     references: ReferenceBank
     tile_references: ReferenceBank
     reference_fusion: ReferenceFusion
 
-    def check_size(self, images: torch.Tensor, size: tuple[int, int]) -> None:
-        """Refuse images of another size; for the subclass to fill."""
-        raise NotImplementedError
+    @staticmethod
+    def check_size(images: torch.Tensor, size: tuple[int, int]) -> None:
+        """Refuse images of another size."""
+        if images.shape[-2:] != size:
+            msg = f"The model takes images of {size} pixels, got {tuple(images.shape[-2:])}; resize them."
+            raise InputError(msg)
 
     def taps(self, views: torch.Tensor) -> DualPathFeatures:
         """The features of views; for the subclass to fill."""
@@ -42,8 +47,9 @@ class FewShotNetwork(ClassTextFeatures):
         raise NotImplementedError
 
     def enlarge_patches(self, patches: torch.Tensor) -> torch.Tensor:
-        """Values of patches as maps; for the subclass to fill."""
-        raise NotImplementedError
+        """(b, N) to (b, h, w), bilinearly."""
+        patches = patches.reshape(-1, 1, *self.grid)
+        return F.interpolate(patches, size=self.view_size, mode="bilinear", align_corners=False)[:, 0]
 
     def joined_scores(self, joined: ViewScores) -> Scores:
         """One map and two scores; for the subclass to fill."""
@@ -81,6 +87,8 @@ class FewShotNetwork(ClassTextFeatures):
                 seen, self._fit(self.tile_references, tiles, count, places) if tiles.seen else None
             )
             self.reference_fusion.fit(joined.text_map, cast("torch.Tensor", joined.reference_map), joined.text_score)
+            if joined.defect_evidence is not None:
+                self.defect_names.baseline.fit(joined.defect_evidence)
             return self.joined_scores(joined)
 
     def _gather(self, views: Iterable[torch.Tensor], turn: int, gathered: "_Gathered") -> None:

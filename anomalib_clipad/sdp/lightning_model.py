@@ -51,6 +51,9 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         false_alarm_rate: Share of normal images that may be called anomalous, such as 0.05. The thresholds are then set
             from the scores of normal images alone: those of the training split, of few_shot_source and of the
             validation data.
+        defects: Words for what is found, two or more, such as [scratch, dent]; the likeliest two get into the
+            explanation of each anomalous image. Or a mapping from class to words, or states for the prompts' own words.
+            Attribution, not diagnosis. None for no words.
         single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
             figures are the same, in half the time.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
@@ -87,6 +90,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         augment_references: bool = False,
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
+        defects: list[str] | dict[str, Any] | str | bool | None = None,
         single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -105,6 +109,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
             tile_overlap=tile_overlap,
             tile_batch_size=tile_batch_size,
             max_references=max_references,
+            defects=defects,
         )
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
         self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)

@@ -11,7 +11,6 @@ from typing import cast
 import open_clip
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from anomalib_clipad.components import (
     Backbone,
@@ -27,6 +26,8 @@ from anomalib_clipad.components import (
     keep_shape,
     open_backbone,
 )
+from anomalib_clipad.components.defect_names import DefectName
+from anomalib_clipad.components.defect_words import Defects
 from anomalib_clipad.components.image_size import parse_image_size
 from anomalib_clipad.components.reference import MOST_PATCHES
 from anomalib_clipad.components.representative_vector import rvs_options
@@ -59,6 +60,7 @@ class ClipAdSdpModel(FewShotNetwork):
         tile_overlap: Share of a tile that the next one covers, too, at least.
         tile_batch_size: Most tiles that go through the tower at once.
         max_references: Most patches of references a tap, see :class:`anomalib_clipad.components.ReferenceBank`.
+        defects: Words for what is found, see :class:`anomalib_clipad.components.DefectNames` and :meth:`name_defects`.
         clip: A ready open_clip model to use instead of loading one. Its vision tower is frozen and set to eval mode in
             place: give a copy of a CLIP that is still being trained.
         tokenizer: Tokenizer of ``clip``; open_clip's standard one by default.
@@ -93,6 +95,7 @@ class ClipAdSdpModel(FewShotNetwork):
         tile_overlap: float = 0.25,
         tile_batch_size: int = 8,
         max_references: int = MOST_PATCHES,
+        defects: Defects = None,
         clip: nn.Module | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
@@ -106,7 +109,7 @@ class ClipAdSdpModel(FewShotNetwork):
         visual = DualPathVisionTransformer(cast("nn.Module", loaded.clip.visual), layers)
         cache = None if opened.weights is None else TextVectorCache(opened.weights)
         encoder = TextEncoder(loaded.clip, loaded.tokenizer, fill_text=opened.fill_text, cache=cache)
-        super().__init__(encoder, visual.embed_dim, ensemble, options)
+        super().__init__(encoder, visual.embed_dim, ensemble, options, defects)
         self.mean, self.std = loaded.mean, loaded.std
         self.visual = visual.eval().requires_grad_(requires_grad=False)
         self.fusion = ScoreFusion(self.map_scale)
@@ -152,6 +155,7 @@ class ClipAdSdpModel(FewShotNetwork):
 
     def forget_images(self) -> None:
         """Have no score ranges and no references."""
+        super().forget_images()
         self.fusion.reset()
         self.references.reset()
         self.tile_references.reset()
@@ -236,13 +240,6 @@ class ClipAdSdpModel(FewShotNetwork):
         with torch.no_grad():
             return self.visual(views, with_original=with_original)
 
-    @staticmethod
-    def check_size(images: torch.Tensor, size: tuple[int, int]) -> None:
-        """Refuse images of another size."""
-        if images.shape[-2:] != size:
-            msg = f"The model takes images of {size} pixels, got {tuple(images.shape[-2:])}; resize them."
-            raise InputError(msg)
-
     def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of taps computed before; in float32, whatever the tower's precision.
 
@@ -260,27 +257,39 @@ class ClipAdSdpModel(FewShotNetwork):
         bank: ReferenceBank | None = None,
     ) -> ViewScores:
         """Compare taps with the text vectors, and with references where there is a bank of them."""
-        text_features = self.select_text_features(class_index)
-        if class_index is not None and len(class_index) != len(features.surgery[-1]):
-            msg = (
-                f"class_index must name a class for each of {len(features.surgery[-1])} images, got {len(class_index)}."
-            )
+        surgery, text_features = features.surgery, self.select_text_features(class_index)
+        if class_index is not None and len(class_index) != len(surgery[-1]):
+            msg = f"class_index must name a class for each of {len(surgery[-1])} images, got {len(class_index)}."
             raise InputError(msg)
         with torch.autocast(text_features.device.type, enabled=False):
-            seen = ViewScores(
-                self.map_before_smoothing(features, text_features), text_score(features.surgery[-1], text_features)
-            )
+            text_map = self.map_before_smoothing(features, text_features)
+            score, evidence = text_score(surgery[-1], text_features), self.defect_names.evidence(surgery)
+            seen = ViewScores(text_map, score, defect_evidence=evidence)
             if bank is None or not bank.fitted:
                 return seen
             return seen._replace(reference_map=self.enlarge_patches(bank(features.original)))
 
     def joined_scores(self, joined: ViewScores) -> Scores:
         """What was found in whole pictures and tiles, and joined, as one map and two scores."""
-        text_map, text, reference_map = joined
+        text_map, text, reference_map, evidence = joined
         if reference_map is None:
-            return Scores(text_map, text, text_map.amax(dim=(-2, -1)))
+            return Scores(text_map, text, text_map.amax(dim=(-2, -1)), evidence)
         anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map)
-        return Scores(anomaly_map, text, self.reference_fusion.map_score(anomaly_map, math.prod(self.view_size)))
+        map_score = self.reference_fusion.map_score(anomaly_map, math.prod(self.view_size))
+        return Scores(anomaly_map, text, map_score, evidence)
+
+    def name_defects(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> list[DefectName]:
+        """Name what is in regions of images.
+
+        Args:
+            evidence: (B, V, N, words), ``defect_evidence`` of :meth:`scores`.
+            weights: (B, H, W) of the pixels, see :func:`anomalib_clipad.components.region_weights`.
+            class_index: See :meth:`forward`.
+        """
+        patches = self.tiling.patch_means(weights, self.grid, self.tile_batch_size)
+        return cast("list[DefectName]", self.defect_names(evidence, patches, class_index))
 
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """The map of a batch before smoothing, (B, H, W)."""
@@ -289,8 +298,3 @@ class ClipAdSdpModel(FewShotNetwork):
     def similarity_map(self, surgery: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
         """Anomalous score of the patches after surgery, resized bilinearly: (B, H, W)."""
         return self.enlarge_patches(feature_surgery(surgery, text_features)[:, 1:, 1])
-
-    def enlarge_patches(self, patches: torch.Tensor) -> torch.Tensor:
-        """(b, N) to (b, h, w), bilinearly."""
-        patches = patches.reshape(-1, 1, *self.grid)
-        return F.interpolate(patches, size=self.view_size, mode="bilinear", align_corners=False)[:, 0]

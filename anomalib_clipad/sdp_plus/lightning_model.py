@@ -55,6 +55,9 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             from the scores of normal images alone: those of the training split, of few_shot_source and of the
             validation data.
         lr: Learning rate of Adam.
+        defects: Words for what is found, two or more, such as [scratch, dent]; the likeliest two get into the
+            explanation of each anomalous image. Or a mapping from class to words, or states for the prompts' own words.
+            Attribution, not diagnosis. None for no words.
         single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
             figures are the same, in half the time.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
@@ -96,6 +99,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
         lr: float = 1e-4,
+        defects: list[str] | dict[str, Any] | str | bool | None = None,
         single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -114,6 +118,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             tile_overlap=tile_overlap,
             tile_batch_size=tile_batch_size,
             max_references=max_references,
+            defects=defects,
         )
         if evaluator is True and adapter is None:
             evaluator = paper_evaluator(validate=True)

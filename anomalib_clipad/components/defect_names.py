@@ -1,0 +1,267 @@
+"""A word for what was found: which of some defects a region resembles most. Attribution, not diagnosis.
+
+Ours, not the paper's. It uses the prompts' templates and the surgery path's patches.
+"""
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from anomalib_clipad.components.defect_words import Defects, shortened, words_by_class
+from anomalib_clipad.components.float32 import Float32Buffers
+from anomalib_clipad.components.prompts import PromptEnsemble
+from anomalib_clipad.components.scores import LOGIT_SCALE
+from anomalib_clipad.components.surgery import margin
+from anomalib_clipad.components.text_encoder import TextEncoder
+from anomalib_clipad.components.tiling import TILES_WEIGHT
+from anomalib_clipad.errors import InputError
+
+UNSPECIFIED = "unspecified"
+MARGIN = 0.1  # between the two largest probabilities; below, no word is given
+SHOWN = 2  # words in an explanation
+LARGEST_SHARE = 0.01  # of a map's pixels, which are the region where none is marked
+LEAST_WEIGHT = 1e-6  # of a pixel of the region, whose map may be zero everywhere
+
+
+class DefectName(NamedTuple):
+    """How much a region resembles each defect.
+
+    Attributes:
+        probabilities: By word, largest first; they sum to 1, and are NaN where the image could not be scored.
+
+    Example:
+        >>> found = DefectName({"scratch": 0.62, "crack": 0.21, "dent": 0.17})
+        >>> found.word, found.explanation
+        ('scratch', 'scratch 0.62, crack 0.21')
+        >>> DefectName({"scratch": 0.5, "crack": 0.5}).explanation
+        'unspecified'
+    """
+
+    probabilities: dict[str, float]
+
+    @property
+    def word(self) -> str | None:
+        """The likeliest, if it leads by the margin."""
+        first, second = list(self.probabilities.values())[:2]
+        return next(iter(self.probabilities)) if first - second >= MARGIN else None
+
+    @property
+    def explanation(self) -> str:
+        """The two likeliest with their probabilities, or ``unspecified``."""
+        if self.word is None:
+            return UNSPECIFIED
+        return ", ".join(f"{word} {share:.2f}" for word, share in list(self.probabilities.items())[:SHOWN])
+
+
+class DefectNames(Float32Buffers):
+    r"""Names defects: the words of each class, as directions in the joint embedding space.
+
+    A word's direction is :math:`d_s = t_{\text{with}\,s} - t_{\text{without}\,s}`. Its two text vectors are the means
+    of the templates filled with "CLASS with WORD" and "CLASS without WORD". With :math:`f_p` the mean over the taps of
+    a patch's unit vectors and :math:`w_p` the patch's weight, a region has
+
+    .. math:: m_s = \frac{\sum_p w_p\, f_p \cdot d_s}{\sum_p w_p}
+
+    The probabilities are a softmax of :math:`100\, m_s`: differences of cosines at CLIP's own temperature, as for the
+    text score. See :class:`DefectBaseline` for what normal images change.
+
+    Args:
+        embed_dim: Length D of the text vectors.
+        defects: The words, see :func:`anomalib_clipad.components.defect_words.words_by_class`.
+        ensemble: Prompts of a class.
+
+    Raises:
+        InputError: If the words cannot be used.
+
+    Example:
+        >>> names = DefectNames(12, "states", PromptEnsemble.from_config("industrial"))
+        >>> names.wanted(["bottle", "nut"])
+        (('scratch', 'crack', 'contamination'), ('scratch', 'crack', 'contamination'))
+        >>> names.evidence([torch.rand(2, 17, 12)]) is None  # before words are encoded
+        True
+    """
+
+    growing = ("directions",)
+
+    directions: torch.Tensor
+
+    def __init__(self, embed_dim: int, defects: Defects, ensemble: PromptEnsemble) -> None:
+        super().__init__()
+        self.defects, self.ensemble = words_by_class(defects, ensemble), ensemble
+        self.words: tuple[tuple[str, ...], ...] = ()  # of every class
+        self.register_buffer("directions", torch.empty(0, embed_dim))  # (words, D), one class after the other
+        self.baseline = DefectBaseline()
+
+    def wanted(self, class_names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """The words of each class; nothing where no names are wanted.
+
+        Raises:
+            InputError: If a mapping has no words for a class.
+        """
+        if self.defects is None:
+            return ()
+        if isinstance(self.defects, tuple):
+            return (self.defects,) * len(class_names)
+        if lacking := [name for name in class_names if name not in self.defects]:
+            msg = f"defects has words for {', '.join(self.defects)}, but none for {lacking[0]!r}; add it."
+            raise InputError(msg)
+        return tuple(self.defects[name] for name in class_names)
+
+    def encode(self, class_names: Sequence[str], encoder: TextEncoder) -> None:
+        """Take the directions of the words of these classes; forgets what was measured on normal images.
+
+        Raises:
+            InputError: If a mapping has no words for a class, or a word is too long for the text tower.
+        """
+        words = self.wanted(class_names)
+        directions = [self.directions[:0]]
+        for name, own in zip(class_names, words, strict=False):
+            for word in own:
+                pair = _pair(word, self.ensemble)
+                longest = max((prompt for state in pair.prompts(name) for prompt in state), key=len)
+                if not encoder.fits(longest):
+                    msg = f"defects: {shortened(word)} makes sentences that the text tower would cut; use fewer words."
+                    raise InputError(msg)
+                directions.append(margin(encoder.text_features(name, pair, "mean")).to(self.directions))
+        self.words, self.directions = words, torch.cat(directions)
+        self.baseline.reset()
+
+    def forget(self) -> None:
+        """Have no words, as before the first class."""
+        self.words, self.directions = (), self.directions[:0]
+        self.baseline.reset()
+
+    def evidence(self, surgery: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """How far every patch points into each word's direction.
+
+        Args:
+            surgery: Taps of the surgery path, (B, N + 1, D) each, class token first.
+
+        Returns:
+            (B, N, words) in float32, words of one class after those of the other; nothing where there are no words.
+        """
+        if not self.words:
+            return None
+        taps = [F.normalize(tokens[:, 1:].float(), dim=-1) @ self.directions.T for tokens in surgery]
+        return torch.stack(taps).mean(dim=0)
+
+    def forward(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> list[DefectName]:
+        """Name what is in a region.
+
+        Args:
+            evidence: (B, V, N, words) of :meth:`evidence`, the whole picture's patches before those of its tiles.
+            weights: (B, V, N), 0 or more, of the patches; 0 outside of the region.
+            class_index: (B,) index into the classes; the first class for all by default.
+        """
+        means = region_means(evidence, weights)
+        classes = [0] * len(means) if class_index is None else class_index.tolist()
+        return [self._name(values, number) for values, number in zip(means, classes, strict=True)]
+
+    def _name(self, means: torch.Tensor, number: int) -> DefectName:
+        words = self.words[number]
+        start = sum(map(len, self.words[:number]))
+        own = slice(start, start + len(words))
+        shares = (LOGIT_SCALE * self.baseline(means[own], own)).softmax(dim=0).tolist()
+        # A stable order, also of what is not a number.
+        return DefectName(dict(sorted(zip(words, shares, strict=True), key=lambda pair: -pair[1])))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - torch's
+        **kwargs: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        for name, value in self.named_buffers():  # a version without names has written the state dict
+            state_dict.setdefault(prefix + name, value[:0])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class DefectBaseline(Float32Buffers):
+    """What the words' evidence is on normal images: its mean, which becomes zero, and its spread, which becomes equal.
+
+    Values are divided by their word's standard deviation over patches, and multiplied by the mean of these over the
+    words: they stay differences of cosines, so that one temperature serves with and without normal images.
+
+    Example:
+        >>> baseline = DefectBaseline()
+        >>> baseline.fit(torch.tensor([[[[0.0, 0.1], [0.2, 0.2]]]]))
+        >>> baseline(torch.tensor([0.1, 0.15]), slice(0, 2))
+        tensor([0., 0.])
+    """
+
+    growing = ("mean", "std")
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.growing:  # (words,), empty without normal images
+            self.register_buffer(name, torch.empty(0))
+
+    def fit(self, evidence: torch.Tensor) -> None:
+        """Measure normal images: (k, V, N, words)."""
+        everywhere = evidence.new_ones(evidence.shape[:-1])
+        mean = region_means(evidence, everywhere).mean(dim=0)
+        variance = region_means((evidence - mean).square(), everywhere).mean(dim=0)
+        self.mean, self.std = mean, variance.sqrt().clamp(min=1e-6)
+
+    def reset(self) -> None:
+        """Know no normal images."""
+        self.mean, self.std = self.mean[:0], self.std[:0]
+
+    def forward(self, values: torch.Tensor, own: slice) -> torch.Tensor:
+        """Evidence of one class's words, ``own``, counted from that of normal images where there are any."""
+        if not len(self.mean):
+            return values
+        mean, std = self.mean[own], self.std[own]
+        return (values - mean) / std * std.mean()
+
+
+def region_means(evidence: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted means over patches: (B, V, N, words) and (B, V, N) to (B, words).
+
+    Where there are tiles, they count as in the map beside the whole picture, see :class:`Tiling`.
+
+    Example:
+        >>> region_means(torch.tensor([[[[1.0], [4.0]]]]), torch.tensor([[[2.0, 1.0]]]))
+        tensor([[2.]])
+    """
+    sums = torch.stack(
+        [(evidence * weights[..., None]).sum(dim=2), weights.sum(dim=2)[..., None].expand_as(evidence[:, :, 0])]
+    )
+    whole, tiles = (values / total for values, total in (sums[:, :, 0], sums[:, :, 1:].sum(dim=2)))
+    return whole if evidence.shape[1] == 1 else torch.lerp(whole, tiles, TILES_WEIGHT)
+
+
+def region_weights(anomaly_map: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The map within the marked region, or within its largest hundredth where nothing is marked; 0 elsewhere.
+
+    Args:
+        anomaly_map: (B, H, W), 0 or more.
+        mask: (B, H, W), true where marked.
+
+    Returns:
+        (B, H, W).
+
+    Example:
+        >>> maps = torch.tensor([[[0.6, 0.2]], [[0.1, 0.4]]])
+        >>> region_weights(maps, maps > 0.5).tolist() == [[[maps[0, 0, 0], 0]], [[0, maps[1, 0, 1]]]]
+        True
+    """
+    values = anomaly_map.float()
+    pixels = values.flatten(1)
+    least = pixels.topk(max(1, round(LARGEST_SHARE * pixels.shape[1])), dim=1).values[:, -1, None, None]
+    region = values >= least
+    if mask is not None:
+        region = torch.where(mask.flatten(1).any(dim=1)[:, None, None], mask.bool(), region)
+    return torch.where(region, values.clamp(min=LEAST_WEIGHT), 0.0)
+
+
+def _pair(word: str, ensemble: PromptEnsemble) -> PromptEnsemble:
+    return PromptEnsemble([f"{{}} without {word}"], [f"{{}} with {word}"], ensemble.templates)
