@@ -223,6 +223,9 @@ def test_pictures_say_right_or_wrong_in_words() -> None:
     figure = examples_figure({"SDP": kept}, choose_rows({"SDP": kept})[0], [])
     words = {axis.get_xlabel().split("\n")[-1] for axis in figure.axes if axis.get_xlabel()}
     assert words == {"✗ false alarm", "✓ right", "✗ missed"}
+    close = some_kept([0.50004, 0.1], [0, 0])
+    figure = examples_figure({"SDP": close}, choose_rows({"SDP": close})[0], [])
+    assert "score 0.50004, anomalous\n✗ false alarm" in [axis.get_xlabel() for axis in figure.axes]
     figure = examples_figure({"raw": unknown}, choose_rows({"raw": unknown})[0], ["No threshold."])
     assert [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()] == ["score 0.900\nno verdict"]
     assert any("No threshold." in text.get_text() for text in figure.texts)

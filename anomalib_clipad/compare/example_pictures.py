@@ -13,7 +13,7 @@ from PIL import Image
 from anomalib_clipad.compare.drawing import new_figure
 from anomalib_clipad.compare.examples import choose_examples, extremes, short_names
 from anomalib_clipad.compare.job_files import Kept, KeptImage
-from anomalib_clipad.engine.table import VERDICTS
+from anomalib_clipad.data.verdict import VERDICTS, telling_digits
 from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, LEVELS, THRESHOLD, legend, outline, overlay
 from anomalib_clipad.pictures.image_file import read_picture
 from anomalib_clipad.pictures.text import shortened
@@ -166,7 +166,8 @@ def _write_verdict(axis: Axes, image: KeptImage, known: bool) -> None:
         axis.set_xlabel(f"score {image.shown:.3f}\nno verdict", fontsize=8)
         return
     called = int(image.shown > THRESHOLD)
-    words, colour = f"score {image.shown:.3f}, {VERDICTS[called]}", RIGHT
+    digits = telling_digits(image.shown, THRESHOLD)
+    words, colour = f"score {image.shown:.{digits}f}, {VERDICTS[called]}", RIGHT
     if image.label is not None:
         wrong = "✗ false alarm" if called else "✗ missed"
         words += "\n" + ("✓ right" if called == image.label else wrong)
