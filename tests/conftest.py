@@ -1,15 +1,12 @@
 """Small real parts for the tests: CLIPs, images and the authors' numbers."""
 
-import io
+import gc
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +14,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from anomalib.cli import cli
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from PIL import Image
@@ -27,11 +23,13 @@ from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.sdp_plus import save_adapter
 
+from .commands import ANOMALIB, ROOT, limited_files, run_command, run_in_process, start_command
+
+__all__ = ["ANOMALIB", "ROOT", "limited_files", "run_command", "start_command"]  # tests take them from here
 # The models are small. Where other programs run too, threads that wait for each other at every layer take up to twenty
 # times as long as one thread. The processes that the tests start inherit the variable.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-ROOT = Path(__file__).parents[1]
-ANOMALIB = Path(sys.executable).with_name("anomalib")
+gc.freeze()  # what was imported stays; a collection, which every job of a comparison begins with, passes it over
 LAYOUT = {
     "normal_dir": "train/good",
     "normal_test_dir": "test/good",
@@ -163,72 +161,9 @@ def folder(root: Path, name: str = "widget", **arguments: object) -> Folder:
     return Folder(name, root=root, **{"num_workers": 0, "val_split_mode": "same_as_test", **LAYOUT, **arguments})
 
 
-def start_command(*command: object, cwd: Path, **environment: str) -> subprocess.Popen:
-    """Start a program in a process of its own that imports this checkout; warnings are left out, tables are wide."""
-    paths = [environment.pop("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, paths))
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "COLUMNS": "200", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run_command(*command: object, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """The same, to its end."""
-    with start_command(*command, cwd=cwd, **environment) as process:
-        try:
-            output = process.communicate(timeout=timeout)
-        except BaseException:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, *output)
-
-
-@contextmanager
-def limited_files(size: int) -> Iterator[None]:
-    """Have the system refuse to write more to a file, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def files(root: Path) -> list[str]:
     """Every file below a folder, as a path from there."""
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-
-
-@contextmanager
-def kept_log_handlers() -> Iterator[None]:
-    """Remove the handlers that anomalib's command adds at each start; they print on stdout, also in later tests."""
-    loggers = [logging.getLogger(name) for name in (None, "lightning.pytorch")]
-    before = [list(logger.handlers) for logger in loggers]
-    try:
-        yield
-    finally:
-        for logger, handlers in zip(loggers, before, strict=True):
-            logger.handlers[:] = handlers
-
-
-def run_in_process(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Run the ``anomalib`` command in this process, which spares its imports."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    code = 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr), kept_log_handlers():
-        patch.chdir(cwd)
-        patch.setenv("COLUMNS", "200")
-        patch.setattr(sys, "argv", ["anomalib", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
 @pytest.fixture

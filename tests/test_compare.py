@@ -1,11 +1,7 @@
-"""``anomalib compare``: the real command on small data, and the tables and pictures it leaves."""
+"""The comparison in Python: figures, metrics, processes, configurations; test_compare_command.py has the command."""
 
-import json
 import os
-import re
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,33 +18,10 @@ from anomalib_clipad.compare.pipeline import preflight
 from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
 from anomalib_clipad.compare.scale import Scales
 
-from .conftest import ANOMALIB, LAYOUT, SMALL_CONFIG, make_clip, start_command, write_category
+from .commands import run_in_process
+from .conftest import LAYOUT, write_category
+from .test_compare_shots import small_winclip
 from .test_metrics import aupro, best_f1
-
-# WinCLIP's backbone cannot be chosen, so a small CLIP takes its name, in the cache as the real one would lie there.
-SITE = """
-import json, os, open_clip
-open_clip.factory._MODEL_CONFIGS["ViT-B-16-plus-240"] = json.loads(os.environ["SMALL_CLIP"])
-tag = {"url": "https://example.com/small.pt"}
-open_clip.pretrained._PRETRAINED["ViT-B-16-plus-240"] = {"laion400m_e31": tag}
-"""
-CLIP_CONFIG = {**SMALL_CONFIG, "vision_cfg": {**SMALL_CONFIG["vision_cfg"], "image_size": 240, "patch_size": 16}}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    (home / ".cache/clip").mkdir(parents=True)
-    torch.save(make_clip(image_size=240, patch_size=16).state_dict(), home / ".cache/clip/small.pt")
-    (home / "site").mkdir()
-    (home / "site/sitecustomize.py").write_text(SITE)
-    return home
-
-
-def start(config: dict, where: Path, home: Path) -> subprocess.Popen:
-    (where / "compare.yaml").write_text(yaml.safe_dump(config))
-    environment = {"HOME": str(home), "PYTHONPATH": str(home / "site"), "SMALL_CLIP": json.dumps(CLIP_CONFIG)}
-    return start_command(ANOMALIB, "compare", "--config", "compare.yaml", cwd=where, **environment)
 
 
 def configuration(root: Path, models: list[dict], names: tuple[str, ...] = ("gear", "plate")) -> dict:
@@ -62,7 +35,7 @@ def configuration(root: Path, models: list[dict], names: tuple[str, ...] = ("gea
 
 SDP = {"class_path": "ClipAdSdp", "name": "SDP"}
 WINCLIP = {"class_path": "WinClip", "name": "WinCLIP"}
-RVS = ("mean", "median", "kde")  # the second is none
+RVS = ("mean", "median", "kde")  # the second does not exist
 PATCHCORE = {
     "class_path": "Patchcore",
     "name": "PatchCore",
@@ -78,17 +51,6 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def compared(data_root: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Where a comparison of three models and a broken one wrote, and what it showed."""
-    where = tmp_path_factory.mktemp("run")
-    broken = {"class_path": "ClipAdSdp", "name": "broken", "init_args": {"rvs": "median"}}
-    process = start(configuration(data_root, [SDP, WINCLIP, PATCHCORE, broken]), where, home)
-    stdout, stderr = process.communicate(timeout=600)
-    assert process.returncode == 1, stderr[-3000:]
-    return where / "out", stdout + stderr
-
-
 def maps_of(root: Path, name: str) -> np.ndarray:
     """Masks of a category's test images in the order of their paths, at the size compared."""
     masks = []
@@ -97,21 +59,6 @@ def maps_of(root: Path, name: str) -> np.ndarray:
         whole = Image.open(mask) if path.parent.name == "square" else Image.new("L", (48, 48))
         masks.append(torch.from_numpy(np.array(whole)).float()[None, None])
     return torch.nn.functional.interpolate(torch.cat(masks), (64, 64), mode="nearest")[:, 0].numpy() > 0
-
-
-@pytest.mark.slow
-def test_figures_equal_scikit_learns_on_the_same_scores(compared: tuple[Path, str], data_root: Path) -> None:
-    output, _ = compared
-    table = pd.read_csv(output / "results.csv")
-    table = table[table["error"].isna()]
-    assert len(table) == 6
-    for _, row in table.iterrows():
-        scores = pd.read_csv(output / "jobs" / f"{row['key']}.csv")
-        assert row["image_AUROC"] == pytest.approx(roc_auc_score(scores["label"], scores["score"]), abs=1e-6)
-        assert row["image_AP"] == pytest.approx(average_precision_score(scores["label"], scores["score"]), abs=1e-6)
-        assert row["image_F1Max"] == pytest.approx(best_f1(scores["label"], scores["score"]), abs=1e-6)
-        # Only some maps are kept, so pixel figures are compared in the next test.
-        assert row["images"] == len(scores) == len(maps_of(data_root, row["category"]))
 
 
 def test_pixel_figures_are_those_of_the_files_masks(data_root: Path, small_clip: str, tmp_path: Path) -> None:
@@ -133,72 +80,9 @@ def test_pixel_figures_are_those_of_the_files_masks(data_root: Path, small_clip:
     assert row["pixel_AUPRO"] == pytest.approx(aupro(masks, maps), abs=1e-5)
 
 
-@pytest.mark.slow
-def test_means_are_means_over_categories(compared: tuple[Path, str]) -> None:
-    output, _ = compared
-    table = pd.read_csv(output / "results.csv")
-    mean = 100 * table[table["model"] == "SDP"]["pixel_AP"].mean()
-    line = next(line for line in (output / "report.md").read_text().splitlines() if line.startswith("| SDP |"))
-    assert f"{mean:.1f}" in line
-    assert line.rstrip(" |").endswith("2 of 2")
-
-
-@pytest.mark.slow
-def test_a_failed_job_costs_only_itself_and_is_told(compared: tuple[Path, str]) -> None:
-    output, shown = compared
-    assert shown.count("failed broken on") == 2
-    assert "got 'median'" in shown
-    assert "**Failed**: broken on gear" in (output / "report.md").read_text()
-
-
-@pytest.mark.slow
-def test_the_screen_shows_a_bar_and_not_every_step(compared: tuple[Path, str]) -> None:
-    _, shown = compared
-    assert "8/8" in shown
-    assert re.search(r"SDP +[\d.]+ +[\d.]+ ", shown)
-    assert "Running validation" not in shown.split("8 jobs", 1)[1]
-
-
-@pytest.mark.slow
-def test_everything_is_in_one_folder(compared: tuple[Path, str]) -> None:
-    output, _ = compared
-    for name in ("results.csv", "results.json", "report.md"):
-        assert (output / name).stat().st_size > 0
-    for name in ("means", "per_category", "speed_accuracy", "examples/gear", "examples/plate"):
-        assert min(Image.open(output / f"{name}.png").size) > 200
-    row = json.loads((output / "results.json").read_text())[0]
-    measured = {"fit_seconds", "test_seconds", "images_per_second", "peak_memory_mib", "parameters", "versions", "seed"}
-    assert measured <= set(row)
-
-
 def figures(output: Path) -> pd.DataFrame:
     table = pd.read_csv(output / "results.csv").set_index(["model", "category"]).sort_index()
     return table[[column for column in table if column.startswith(("image_", "pixel_"))]]
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(
-    compared: tuple[Path, str], data_root: Path, home: Path, tmp_path: Path
-) -> None:
-    config = configuration(data_root, [SDP, WINCLIP, PATCHCORE])
-    process = start(config, tmp_path, home)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "out").glob("jobs/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    done = set((tmp_path / "out/jobs").glob("*.json"))
-    stamps = {path: path.stat().st_mtime_ns for path in done}
-    assert 0 < len(done) < 6
-    # Two at once in the same folder, too.
-    both = [start(config, tmp_path, home) for _ in range(2)]
-    for process in both:
-        _, stderr = process.communicate(timeout=600)
-        assert process.returncode == 0, stderr[-3000:]
-    assert {path: path.stat().st_mtime_ns for path in done} == stamps
-    expected = figures(compared[0]).drop(index="broken", level="model")
-    pd.testing.assert_frame_equal(figures(tmp_path / "out"), expected, atol=1e-6)
-    assert not list((tmp_path / "out").rglob(".*"))
 
 
 def test_only_the_metrics_asked_for(data_root: Path, small_clip: str, tmp_path: Path) -> None:
@@ -228,7 +112,7 @@ def test_several_processes_give_what_one_gives(data_root: Path, small_clip: str,
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_leaves_what_is_done(data_root: Path, small_clip: str, tmp_path: Path) -> None:
+def test_a_process_ended_by_the_system_leaves_what_is_done(data_root: Path, small_clip: str, tmp_path: Path) -> None:
     """As the operating system kills one that takes all memory."""
     first, *others = jobs(configuration(data_root, [{**SDP, "init_args": {"backbone": small_clip}}]), tmp_path)
     done = first.run()
@@ -247,11 +131,12 @@ class Dying(CompareJob):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
-def test_unlabelled_images_side_by_side(data_root: Path, home: Path, tmp_path: Path) -> None:
-    config = {"compare": {"output": "out", "models": [SDP, WINCLIP], "images": str(data_root / "gear/test/square")}}
-    _, stderr = (process := start(config, tmp_path, home)).communicate(timeout=300)
-    assert process.returncode == 0, stderr[-3000:]
+def test_unlabelled_images_side_by_side(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_winclip(tmp_path / "home", monkeypatch)
+    config = {"output": "out", "models": [SDP, WINCLIP], "images": str(data_root / "gear/test/square")}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump({"accelerator": "cpu", "compare": config}))
+    done = run_in_process("compare", "--config", "compare.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     report = (tmp_path / "out/report.md").read_text()
     assert "no metrics" in report
     assert "| image | SDP | WinCLIP |" in report
@@ -296,7 +181,9 @@ def test_missing_data_and_downloads_are_said_before_the_start(data_root: Path, t
         ({"models": [{"name": "x"}]}, "needs a class_path"),
     ],
 )
-def test_wrong_configurations_are_told_in_a_sentence(data_root: Path, tmp_path: Path, change: dict, words: str) -> None:
+def test_wrong_configurations_are_refused_in_a_sentence(
+    data_root: Path, tmp_path: Path, change: dict, words: str
+) -> None:
     config = configuration(data_root, [SDP])
     config["compare"] |= change
     with pytest.raises(InputError, match=words):

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_one_model_as_a_text_is_one_model() -> None:
     assert [job.model_name for job in generate(models="ClipAdSdp")] == ["ClipAdSdp"]
 
 
-def test_categories_of_one_name_in_two_data_sets_are_told_apart() -> None:
+def test_categories_of_one_name_in_two_data_sets_have_names_of_their_own() -> None:
     data = [{"class_path": kind, "init_args": {"category": "nut"}} for kind in ("MVTecAD", "Visa")]
     assert [job.category for job in generate(data=data, images=None)] == ["MVTecAD nut", "Visa nut"]
 
@@ -164,7 +165,6 @@ def test_peak_memory_is_the_jobs_own(earlier_mib: int) -> None:
 
 
 def test_old_drafts_are_removed_and_new_ones_are_not(tmp_path: Path) -> None:
-
     for name, age in ((".old.1.json", 7200), (".new.2.json", 0)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, (tmp_path / name).stat().st_mtime - age))
@@ -173,9 +173,22 @@ def test_old_drafts_are_removed_and_new_ones_are_not(tmp_path: Path) -> None:
 
 
 def test_sigterm_ends_with_its_status() -> None:
-
     with pytest.raises(SystemExit) as ended, interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143
+
+
+def test_a_signal_during_garbage_collection_is_not_lost() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def collect_and_go_on() -> None:
+        Finalised()
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as ended, interruptible():
+        collect_and_go_on()
     assert ended.value.code == 143
 
 
@@ -196,7 +209,7 @@ def test_any_value_gives_jobs_or_a_sentence(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "compare: 3", "a: [", "compare: {models: x}\nthreads: 3"])
-def test_a_configuration_file_that_is_none_is_refused_in_a_sentence(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_configuration_is_refused_in_a_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError) as refused:
         Compare().run(argparse.Namespace(config=tmp_path / "c.yaml"))

@@ -1,4 +1,4 @@
-"""Two processes: the figures of one, and every picture once."""
+"""Two processes: the figures and the training of one, and every picture once."""
 
 import sys
 from pathlib import Path
@@ -6,34 +6,36 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from anomalib.engine import Engine
 
-from anomalib_clipad import ClipAdSdp
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.engine.table import NAME
 
-from .conftest import ROOT, ROUNDING, folder, run_command
+from .conftest import ROOT, ROUNDING, auxiliary, folder, new_engine, run_command, state
 from .test_page import paths_of
 
+pytestmark = pytest.mark.slow
+K_SHOTS = (0, 1)
 SCRIPT = """
 import sys
 from pathlib import Path
-from tests.test_distributed import score_category
+from tests.test_distributed import run_everything
 if __name__ == "__main__":
-    score_category(*map(Path, sys.argv[1:4]), devices=2, k_shot=int(sys.argv[4]))
+    run_everything(*map(Path, sys.argv[1:]), devices=2)
 """
+
+
+def run_everything(small_clip: Path, category: Path, auxiliary_root: Path, out: Path, devices: int) -> None:
+    """Test and predict without and with a reference, then train, in folders below ``out``."""
+    for k_shot in K_SHOTS:
+        score_category(small_clip, category, out / str(k_shot), devices, k_shot)
+    learn(small_clip, auxiliary_root, out / "train", devices)
 
 
 def score_category(small_clip: Path, category: Path, out: Path, devices: int, k_shot: int) -> None:
     """Test on 11 images, four at a time, then predict without a datamodule; save the figures of each process."""
+    out.mkdir(parents=True, exist_ok=True)
     model = ClipAdSdp(backbone=str(small_clip), k_shot=k_shot, false_alarm_rate=0.3 if k_shot else None)
-    engine = Engine(
-        default_root_dir=out,
-        logger=False,
-        enable_progress_bar=False,
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-    )
+    engine = new_engine(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
     figures = engine.test(model, datamodule=folder(category, eval_batch_size=4))[0]
     rank = engine.trainer.global_rank
     batches = engine.predict(model, data_path=category / "test/square")
@@ -41,19 +43,35 @@ def score_category(small_clip: Path, category: Path, out: Path, devices: int, k_
     torch.save({"figures": figures, "scores": scores}, out / f"rank{rank}.pt")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("k_shot", [0, 1])
-def test_two_processes_give_the_figures_and_pictures_of_one(
-    small_clip: str, category: Path, tmp_path: Path, k_shot: int
-) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
-    score_category(Path(small_clip), category, one, devices=1, k_shot=k_shot)
-    script = tmp_path / "two.py"
+def learn(small_clip: Path, root: Path, out: Path, devices: int) -> None:
+    """Train for two epochs on batches of four; the first process saves the losses and the layers."""
+    torch.manual_seed(0)
+    model = ClipAdSdpPlus(backbone=str(small_clip), lr=1e-2, visualizer=False)
+    strategy = "ddp" if devices > 1 else "auto"
+    engine = new_engine(out, max_epochs=2, devices=devices, strategy=strategy, num_sanity_val_steps=0)
+    engine.fit(model, datamodule=auxiliary(root, train_batch_size=4 // devices))
+    if engine.trainer.is_global_zero:
+        losses = {k: v.clone() for k, v in engine.trainer.callback_metrics.items() if k.startswith("train")}
+        torch.save({"losses": losses, "adapter": state(model)}, out / "result.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(
+    small_clip: str, category: Path, auxiliary_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """What one process wrote, and what two did, which are started once for all."""
+    root = tmp_path_factory.mktemp("distributed")
+    one, two, script = root / "one", root / "two", root / "two.py"
+    run_everything(Path(small_clip), category, auxiliary_root, one, devices=1)
     script.write_text(SCRIPT)
-    done = run_command(sys.executable, script, small_clip, category, two, k_shot, cwd=ROOT)
+    done = run_command(sys.executable, script, small_clip, category, auxiliary_root, two, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
+    return one, two
+
+
+@pytest.mark.parametrize("k_shot", K_SHOTS)
+def test_two_processes_give_the_figures_and_pictures_of_one(runs: tuple[Path, Path], k_shot: int) -> None:
+    one, two = (run / str(k_shot) for run in runs)
     expected = torch.load(one / "rank0.pt", weights_only=True)
     parts = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert len(expected["figures"]) == 9
@@ -81,3 +99,12 @@ def pages(root: Path) -> dict[str, list[str]]:
 
 def pictures(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*.png"))
+
+
+def test_two_processes_learn_what_one_does(runs: tuple[Path, Path]) -> None:
+    one, two = (torch.load(out / "train/result.pt", weights_only=True) for out in runs)
+    for key, value in one["losses"].items():
+        if key.endswith("epoch"):
+            torch.testing.assert_close(two["losses"][key], value, atol=1e-5, rtol=1e-5, msg=key)
+    for key, value in one["adapter"].items():
+        torch.testing.assert_close(two["adapter"][key], value, atol=1e-5, rtol=0, msg=key)

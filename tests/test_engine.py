@@ -250,7 +250,7 @@ def test_checkpoint_of_other_weights_is_refused(small_clip: str, category: Path,
         )
 
 
-def test_wrong_checkpoints_are_told_in_a_sentence(small_clip: str, image_folder: Path, tmp_path: Path) -> None:
+def test_wrong_checkpoints_are_refused_in_a_sentence(small_clip: str, image_folder: Path, tmp_path: Path) -> None:
     notes = tmp_path / "notes.ckpt"
     notes.write_text("hello")
     with pytest.raises(InputError, match=r"notes\.ckpt is not a checkpoint"):

@@ -42,7 +42,7 @@ def scores(engine: object, model: AnomalibModule, category: Path) -> list[float]
     return [batch.pred_score.item() for batch in engine.predict(model, data_path=category / "test/good")]
 
 
-@pytest.mark.parametrize("order", [("sdp", "padim"), ("padim", "sdp"), ("sdp", "padim", "sdp")])
+@pytest.mark.parametrize("order", [("padim", "sdp"), ("sdp", "padim", "sdp")])
 def test_models_on_one_engine_give_what_each_gives_alone(
     models: dict[str, Callable], category: Path, tmp_path: Path, order: tuple[str, ...]
 ) -> None:

@@ -1,42 +1,51 @@
 """The scripts in examples/ and benchmarks/, run as a reader would run them."""
 
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from .conftest import ROOT, run_command, write_category
+from .commands import kept_log_handlers
+from .conftest import ROOT, write_category
 
 pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
 
 
-def run(script: str, *arguments: object, cwd: Path) -> str:
-    done = run_command(sys.executable, ROOT / script, *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Run a script in ``tmp_path``, in this process, which spares its imports; what it printed."""
+
+    def run_script(script: str, *arguments: object) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with kept_log_handlers():
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
 
 
-def test_comparing_in_python(small_clip: str, tmp_path: Path) -> None:
+def test_comparing_in_python(run: Callable[..., str], small_clip: str, tmp_path: Path) -> None:
     assert len((EXAMPLES / "compare.py").read_text().splitlines()) < 40
     write_category(tmp_path / "widget")
-    assert "report.md" in run(
-        "examples/compare.py", tmp_path / "widget", "square", "--backbone", small_clip, cwd=tmp_path
-    )
+    assert "report.md" in run("examples/compare.py", tmp_path / "widget", "square", "--backbone", small_clip)
     report = (tmp_path / "results/compare_example/report.md").read_text()
     assert "Failed" not in report
     assert all(name in report for name in ("SDP dbscan", "SDP mean", "PatchCore"))
 
 
-def test_prompt_cloud_is_drawn(small_clip: str, tmp_path: Path) -> None:
-    run("examples/prompt_cloud.py", "bottle", "--backbone", small_clip, "--output", "cloud.png", cwd=tmp_path)
+def test_prompt_cloud_is_drawn(run: Callable[..., str], small_clip: str, tmp_path: Path) -> None:
+    run("examples/prompt_cloud.py", "bottle", "--backbone", small_clip, "--output", "cloud.png")
     assert min(Image.open(tmp_path / "cloud.png").size) > 500
 
 
-def test_gpu_benchmark_measures_the_cpu_too(small_clip: str, tmp_path: Path) -> None:
+def test_gpu_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip: str) -> None:
     options = "--device cpu --batch-sizes 1 3 --seconds 0.01 --precisions float32 bf16 --modes eager --skip-winclip"
-    table = run("benchmarks/gpu.py", "--backbone", small_clip, *options.split(), cwd=tmp_path)
+    table = run("benchmarks/gpu.py", "--backbone", small_clip, *options.split())
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if " | eager | " in line
     ]

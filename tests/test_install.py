@@ -57,8 +57,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture
-def python(environment: Path, wheel: Path) -> Path:
+def install(environment: Path, wheel: Path) -> Path:
     """Python of the environment, with the wheel freshly installed."""
     executable = environment / "bin/python"
     done = run(executable, "-m", "pip", "install", "--no-deps", "--force-reinstall", "-q", wheel)
@@ -66,19 +65,22 @@ def python(environment: Path, wheel: Path) -> Path:
     return executable
 
 
-def test_the_wheel_has_the_template_of_the_page(python: Path) -> None:
-    write = (
-        "from pathlib import Path; from anomalib_clipad.page import write_page; print(write_page(Path({!r}), '', []))"
-    )
-    done = run(python, "-c", write.format(str(python.parent)))
-    assert done.stdout.strip() == str(python.parent / "report.html"), done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def python(environment: Path, wheel: Path) -> Path:
+    """Python of the environment with the wheel, which every test leaves installed and whole."""
+    return install(environment, wheel)
 
 
-def test_the_wheel_is_found_by_its_short_name(python: Path, environment: Path, small_clip: str) -> None:
+def test_the_wheel_is_found_by_its_short_name_and_has_the_template_of_the_page(
+    python: Path, environment: Path, small_clip: str
+) -> None:
     build = f"get_model('clip_ad_sdp', backbone={small_clip!r}); import anomalib_clipad as ours; print(ours.__file__)"
-    done = run(python, "-c", SHORT_NAME.format(build))
+    page = f"from anomalib_clipad.page import write_page; print(write_page(Path({str(python.parent)!r}), '', []))"
+    done = run(python, "-c", SHORT_NAME.format(f"{build}; from pathlib import Path; {page}"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().startswith(str(environment))
+    found, written = done.stdout.split()
+    assert found.startswith(str(environment))
+    assert Path(written) == python.parent / "report.html"
 
 
 def test_it_can_be_turned_off(python: Path) -> None:
@@ -92,14 +94,19 @@ def test_nothing_is_imported_at_the_start_of_python(python: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("victim", ["__init__.py", "plugin.py", "sdp/torch_model.py"])
+@pytest.mark.parametrize("victim", ["plugin.py", "sdp/torch_model.py"])
 def test_a_broken_plugin_is_one_warning_and_every_other_model_runs(
     python: Path, environment: Path, victim: str
 ) -> None:
-    (packages(environment) / "anomalib_clipad" / victim).write_text("this is not Python\n")
-    done = run(python, "-c", "print('started')")
-    assert (done.stdout.strip(), done.stderr) == ("started", "")
-    done = run(python, "-W", "ignore::FutureWarning", "-c", "import anomalib.cli.cli; " + WITHOUT)
+    path = packages(environment) / "anomalib_clipad" / victim
+    content = path.read_text()
+    path.write_text("this is not Python\n")
+    try:
+        started = run(python, "-c", "print('started')")
+        done = run(python, "-W", "ignore::FutureWarning", "-c", "import anomalib.cli.cli; " + WITHOUT)
+    finally:
+        path.write_text(content)
+    assert (started.stdout.strip(), started.stderr) == ("started", "")
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 30
     assert done.stderr.count("anomalib-clipad could not be loaded") == 1
@@ -116,19 +123,21 @@ def test_python_starts_without_anomalib(python: Path, environment: Path) -> None
     assert (done.stdout.strip(), done.stderr) == ("started", "")
 
 
-def test_uninstalling_leaves_nothing(python: Path, environment: Path) -> None:
-    done = run(python, "-m", "pip", "uninstall", "-y", "anomalib-clipad")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert not list(packages(environment).rglob("*clipad*"))
-
-
-def test_an_editable_install_is_found_and_removed(environment: Path, python: Path, small_clip: str) -> None:
-    run(python, "-m", "pip", "uninstall", "-y", "-q", "anomalib-clipad")
+def test_an_editable_install_is_found_and_uninstalling_leaves_nothing(
+    environment: Path, python: Path, wheel: Path, small_clip: str
+) -> None:
+    uninstall(python, environment)
     source = environment / "checkout"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "results", "*_cache"))
     done = run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-q", "-e", source)
     assert done.returncode == 0, done.stderr[-3000:]
     done = run(python, "-c", SHORT_NAME.format(f"get_model('ClipAdSdp', backbone={small_clip!r})"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run(python, "-m", "pip", "uninstall", "-y", "anomalib-clipad").returncode == 0
+    uninstall(python, environment)
+    install(environment, wheel)
+
+
+def uninstall(python: Path, environment: Path) -> None:
+    done = run(python, "-m", "pip", "uninstall", "-y", "anomalib-clipad")
+    assert done.returncode == 0, done.stderr[-3000:]
     assert not list(packages(environment).rglob("*clipad*"))

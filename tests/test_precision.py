@@ -7,6 +7,7 @@ import torch
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.components import DualPathVisionTransformer, attention
+from anomalib_clipad.engine import precision as speeds
 
 from .conftest import build_model, make_clip, new_engine
 
@@ -63,3 +64,25 @@ def test_surgery_and_softmax_stay_in_float32(dtype: torch.dtype) -> None:
     for a, b in zip(ours, model.scores_of(widened), strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("times", "warned"), [(6.0, True), (0.5, False)])
+def test_a_precision_that_is_slower_here_is_said_once(
+    small_clip: str,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    times: float,
+    warned: bool,
+) -> None:
+    seconds = {torch.bfloat16: times, torch.float32: 1.0}
+    monkeypatch.setattr(speeds, "seconds_of", seconds.__getitem__)
+    speeds._warn_once.cache_clear()
+    model = ClipAdSdp("cup", small_clip, visualizer=False)
+    model.table = model.page = None
+    new_engine(tmp_path, precision="bf16-true").predict(model, data_path=image_folder)
+    assert caplog.text.count("bf16-true is slower than float32 on this CPU") == int(warned)
+    assert ("6.0 times as long" in caplog.text) == warned
+    new_engine(tmp_path).predict(model, data_path=image_folder)
+    assert caplog.text.count("slower than float32") == int(warned)

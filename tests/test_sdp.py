@@ -181,7 +181,7 @@ def test_half_precision_towers_score_in_float32(parity: Parity) -> None:
         ({"layers": [9]}, "between 1 and 4"),
     ],
 )
-def test_wrong_arguments_are_told_in_a_sentence(arguments: dict, words: str) -> None:
+def test_wrong_arguments_are_refused_in_a_sentence(arguments: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         ClipAdSdpModel(clip=make_clip(), **arguments)
 

@@ -1,6 +1,5 @@
 """SDP+ trained as a user does it: what it learns, resumes, caches and refuses."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,11 @@ from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.sdp_plus import save_adapter
 
 from .conftest import (
-    ROOT,
     auxiliary,
     fitted,
     folder,
     new_engine,
     part,
-    run_command,
     save_clip,
     state,
     weights,
@@ -124,45 +121,6 @@ def test_bf16_mixed_trains_and_tests(small_clip: str, auxiliary_root: Path, cate
     figures = new_engine(tmp_path / "t", precision="bf16-mixed").test(model, datamodule=data)[0]
     expected = new_engine(tmp_path / "f").test(model, datamodule=data)[0]
     assert figures == pytest.approx(expected, abs=0.05)  # one exchange of two images is worth 1 / 30
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.test_sdp_plus_training import learn
-if __name__ == "__main__":
-    learn(*map(Path, sys.argv[1:]), devices=2)
-"""
-
-
-def learn(small_clip: Path, root: Path, out: Path, devices: int) -> None:
-    """Train for two epochs on batches of four; the first process saves the losses and the layers."""
-    torch.manual_seed(0)
-    model = ClipAdSdpPlus(backbone=str(small_clip), lr=1e-2, visualizer=False)
-    strategy = "ddp" if devices > 1 else "auto"
-    engine = new_engine(out, max_epochs=2, devices=devices, strategy=strategy, num_sanity_val_steps=0)
-    engine.fit(model, datamodule=auxiliary(root, train_batch_size=4 // devices))
-    if engine.trainer.is_global_zero:
-        losses = {k: v.clone() for k, v in engine.trainer.callback_metrics.items() if k.startswith("train")}
-        torch.save({"losses": losses, "adapter": state(model)}, out / "result.pt")
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_does(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for out in folders:
-        out.mkdir()
-    learn(Path(small_clip), auxiliary_root, folders[0], devices=1)
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT)
-    done = run_command(sys.executable, script, small_clip, auxiliary_root, folders[1], cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (torch.load(out / "result.pt", weights_only=True) for out in folders)
-    for key, value in one["losses"].items():
-        if key.endswith("epoch"):
-            torch.testing.assert_close(two["losses"][key], value, atol=1e-5, rtol=1e-5, msg=key)
-    for key, value in one["adapter"].items():
-        torch.testing.assert_close(two["adapter"][key], value, atol=1e-5, rtol=0, msg=key)
 
 
 def test_untrained_layers_refuse_to_predict_and_test(

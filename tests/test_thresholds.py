@@ -165,7 +165,7 @@ def test_a_rate_that_too_few_images_support_is_said(
     )
 
 
-def test_scores_that_tell_nothing_apart_are_said(
+def test_a_warning_says_when_scores_do_not_separate_images(
     small_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = write_category(tmp_path / "widget", normal=4, broken=4)

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ def logging_to(path: Path) -> Iterator[None]:
 def interruptible() -> Iterator[None]:
     """Make SIGINT and SIGTERM end the run with a line on the screen and status 128 + signal, as shells expect.
 
-    Lightning would end the process with status 0 or 1.
+    Lightning would end the process with status 0 or 1. Python ignores an exception that is raised while an object is
+    finalised, as during the garbage collection before every job; the signal is then sent once more.
 
     Example:
         >>> with interruptible():
@@ -86,7 +88,14 @@ def interruptible() -> Iterator[None]:
             process.terminate()
         raise SystemExit(128 + number)
 
+    def send_again(ignored: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(ignored.exc_value, SystemExit) or not _received:
+            hook(ignored)
+            return
+        threading.Timer(0.01, signal.raise_signal, [_received[0]]).start()
+
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
         yield
         check_interrupted()
@@ -96,6 +105,7 @@ def interruptible() -> Iterator[None]:
         say(INTERRUPTED)
         raise SystemExit(128 + _received[0]) from None
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.engine.checkpoint import CheckedCheckpointIO
+from anomalib_clipad.engine.precision import warn_of_slow_precision
 
 LOOPS = {
     TrainerFn.FITTING: "fit_loop",
@@ -150,6 +151,7 @@ class RunGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the trainer."""
+        warn_of_slow_precision(trainer)
         del pl_module
         self._stack.enter_context(readable_images(trainer))
         self._stack.enter_context(checked_checkpoints(trainer))
