@@ -10,6 +10,7 @@ import pytest
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch import seed_everything
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
@@ -25,7 +26,7 @@ from anomalib_clipad.compare.scale import Scale, Scales, choose_scales
 from anomalib_clipad.compare.score_figure import left_out, scores_figure
 from anomalib_clipad.components.scores import MapScale, Prediction
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
-from anomalib_clipad.engine.table import COLUMNS
+from anomalib_clipad.engine.table import BOXES, COLUMNS
 
 from .conftest import LAYOUT, folder, new_engine
 
@@ -133,7 +134,7 @@ def test_a_row_an_image_in_the_words_of_the_other_table(compared: tuple[Path, li
     output, rows = compared
     table = pd.read_csv(output / "predictions.csv")
     assert len(table) == sum(row["images"] for row in rows)
-    assert {"path", "score", "threshold", "label", "true_label"} <= set(COLUMNS) & set(table)
+    assert set(COLUMNS) - {"class", "picture"} <= set(table)
     ours = table[table["model"] == "SDP"]
     assert ((ours["score"] > ours["threshold"]) == (ours["label"] == "anomalous")).all()
     assert ((ours["scaled_score"] > 0.5) == (ours["label"] == "anomalous")).all()
@@ -142,6 +143,23 @@ def test_a_row_an_image_in_the_words_of_the_other_table(compared: tuple[Path, li
     (passed, alarms), (missed, found) = counts
     line = f"| SDP | {found} | {missed} | {alarms} | {passed} |"
     assert line in (output / "report.md").read_text()
+
+
+def test_a_comparison_says_of_an_image_what_predict_says(category: Path, small_clip: str, tmp_path: Path) -> None:
+    config = configuration(category, tmp_path / "out", small_clip)
+    arguments = {**config["models"][0]["init_args"], "k_shot": 2, "false_alarm_rate": 0.3}
+    config["models"] = [{"class_path": "ClipAdSdp", "name": "SDP", "init_args": arguments}]
+    write_report(tmp_path / "out", run(config))
+    ours = pd.read_csv(tmp_path / "out/predictions.csv").set_index("path").sort_index()
+    engine = new_engine(tmp_path)
+    seed_everything(42)
+    model = ClipAdSdp(visualizer=False, **arguments)
+    engine.test(model, datamodule=folder(category, val_split_mode="same_as_test"), verbose=False)
+    other = pd.read_csv(next(tmp_path.rglob("test/v0/predictions.csv"))).set_index("path").sort_index()
+    shared = ["label", "true_label", "p_value", "marked_area", *BOXES]
+    assert ours["p_value"].notna().all()
+    assert (ours["marked_area"] > 0).any()
+    pd.testing.assert_frame_equal(ours[shared], other[shared], atol=2e-3, check_dtype=False)
 
 
 def test_an_interrupted_comparison_leaves_the_rows_of_what_is_done(
@@ -205,6 +223,9 @@ def test_pictures_say_right_or_wrong_in_words() -> None:
     figure = examples_figure({"SDP": kept}, choose_rows({"SDP": kept})[0], [])
     words = {axis.get_xlabel().split("\n")[-1] for axis in figure.axes if axis.get_xlabel()}
     assert words == {"✗ false alarm", "✓ right", "✗ missed"}
+    close = some_kept([0.50004, 0.1], [0, 0])
+    figure = examples_figure({"SDP": close}, choose_rows({"SDP": close})[0], [])
+    assert "score 0.50004, anomalous\n✗ false alarm" in [axis.get_xlabel() for axis in figure.axes]
     figure = examples_figure({"raw": unknown}, choose_rows({"raw": unknown})[0], ["No threshold."])
     assert [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()] == ["score 0.900\nno verdict"]
     assert any("No threshold." in text.get_text() for text in figure.texts)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from anomalib.cli import cli
+from lightning.pytorch import Callback
 from PIL import Image
 
 from anomalib_clipad import ClipAdSdp, InputError
@@ -78,6 +80,58 @@ def test_the_end_of_a_run_says_how_many_and_what_was_skipped(
     )
     assert words in caplog.text
     assert NAME in caplog.text
+
+
+@pytest.mark.parametrize("limit, skipped", [(2, 1), (1.0, 2)])
+def test_images_that_were_not_asked_for_are_not_called_skipped(
+    limit: float, skipped: int, small_clip: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(6):
+        Image.new("RGB", (40, 40), "grey").save(photos / f"{number}.png")
+    for number in (1, 5):
+        (photos / f"{number}.png").write_bytes(b"not an image")
+    engine = new_engine(tmp_path, limit_predict_batches=limit)
+    with caplog.at_level(logging.INFO, "anomalib_clipad"):
+        engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=photos)
+    assert f"; {skipped} skipped: {photos / '1.png'}" in caplog.text
+    page = next(tmp_path.rglob("report.html"))
+    assert f"are not on the page: {skipped};" in page.read_text()
+
+
+class Stop(Callback):
+    """Interrupts a run in its third batch."""
+
+    def on_predict_batch_start(self, *arguments: object) -> None:
+        if arguments[-1] == 2:  # number of the batch
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_what_it_leaves_and_where(
+    small_clip: str, category: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = new_engine(tmp_path, callbacks=[Stop()])
+    with caplog.at_level(logging.INFO, "anomalib_clipad"), pytest.raises(SystemExit):
+        engine.predict(ClipAdSdp("cup", small_clip), data_path=category / "test/good", return_predictions=False)
+    assert len(table_of(engine)) == 2
+    place = Path(engine.trainer.default_root_dir) / "predict/v0"
+    assert "2 images, " in caplog.text
+    assert f"when the run ended. Results in {place}: {NAME}, images, report.html." in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(
+    small_clip: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    arguments = ["--model", "ClipAdSdp", "--model.backbone", small_clip, "--model.class_name", "cup"]
+    place = ["--default_root_dir", str(tmp_path / "taken"), "--data", str(image_folder)]
+    monkeypatch.setattr("sys.argv", ["anomalib", "predict", *arguments, *place])
+    with pytest.raises(SystemExit):
+        cli.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'taken'}")
+    assert "cannot be written" in last
 
 
 def test_every_run_keeps_a_table_of_its_own(small_clip: str, category: Path, tmp_path: Path) -> None:

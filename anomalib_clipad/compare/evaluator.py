@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import torch
 from anomalib.data import ImageBatch
 from anomalib.data.utils import read_mask
@@ -13,7 +14,10 @@ from anomalib.metrics import Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn import functional as F
 
+from anomalib_clipad.compare.heat_layers import marked_regions
 from anomalib_clipad.compare.map_stream import MapStream
+from anomalib_clipad.compare.scale import Scale
+from anomalib_clipad.components import p_values
 from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, paper_metrics
 from anomalib_clipad.errors import InputError
 
@@ -54,6 +58,7 @@ class CompareEvaluator(Evaluator):
         self.paths: list[str] = []
         self.labels: list[int | None] = []
         self.scores: list[float] = []
+        self.explanations: list[str | None] = []
         self.map_limits: list[tuple[float, float]] = []  # lowest and largest value of each map
         self.stream = MapStream(map_size, folder)
         self.figures: dict[str, float] = {}
@@ -110,6 +115,7 @@ class CompareEvaluator(Evaluator):
         self.paths += paths
         self.labels += [None] * len(maps) if labels is None else labels.int().tolist()
         self.scores += scores.tolist()
+        self.explanations += batch.explanation or [None] * len(maps)
         self.map_limits += list(zip(maps.amin(dim=(-2, -1)).tolist(), maps.amax(dim=(-2, -1)).tolist(), strict=True))
         self.stream.append(maps, masks)
 
@@ -159,6 +165,24 @@ class CompareEvaluator(Evaluator):
         """Images that the model was not given, because they could not be read."""
         seen = set(self.paths)
         return sorted(path for path in self.all_paths if path not in seen)
+
+    def table(self, map_scale: Scale, good_scores: torch.Tensor | None) -> pd.DataFrame:
+        """A row an image, in the order in which they came.
+
+        Args:
+            map_scale: Of the maps, whose threshold marks regions.
+            good_scores: Image scores of normal images, for p-values; None or empty if they are not known.
+        """
+        share = None
+        if good_scores is not None and len(good_scores):
+            share = p_values(torch.tensor(self.scores), good_scores.cpu()).tolist()
+        return marked_regions(self.stream, len(self.paths), map_scale).assign(
+            path=self.paths,
+            label=self.labels,
+            score=self.scores,
+            explanation=self.explanations,
+            p_value=share,
+        )
 
     def _masks(self, paths: Sequence[str], given: torch.Tensor) -> torch.Tensor:
         masks = []

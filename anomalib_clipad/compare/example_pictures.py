@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,8 +13,9 @@ from PIL import Image
 from anomalib_clipad.compare.drawing import new_figure
 from anomalib_clipad.compare.examples import choose_examples, extremes, short_names
 from anomalib_clipad.compare.job_files import Kept, KeptImage
-from anomalib_clipad.engine.table import VERDICTS
+from anomalib_clipad.data.verdict import VERDICTS, telling_digits
 from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, LEVELS, THRESHOLD, legend, outline, overlay
+from anomalib_clipad.pictures.image_file import read_picture
 from anomalib_clipad.pictures.text import shortened
 
 MOST_EXTREMES = 6  # rows beside the examples
@@ -85,7 +87,6 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
         notes: Sentences for the foot of the picture.
 
     Example:
-        >>> from pathlib import Path
         >>> from anomalib_clipad.compare.scale import choose_scales
         >>> image = KeptImage(score=0.3, shown=0.3, label=0, heat=Path("none.png"))
         >>> kept = {"SDP": Kept({"a.png": image}, {}, choose_scales(None, [0.3], [(0, 1)], [0]), "digest")}
@@ -124,6 +125,7 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
+        axis.set_anchor("N")  # beside the first line of its name
     _write_foot(figure, foot)
     return figure
 
@@ -131,12 +133,9 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
 def _picture(path: str) -> Image.Image:
     """The image, or a grey one where it has gone since it was measured."""
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
+        return read_picture(Path(path), SIDE)
     except (OSError, SyntaxError, ValueError):
         return Image.new("RGB", (SIDE, SIDE), "grey")
-    scale = SIDE / max(picture.size)
-    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
 
 
 def _heat(picture: Image.Image, one: Kept, path: str) -> Image.Image:
@@ -167,7 +166,8 @@ def _write_verdict(axis: Axes, image: KeptImage, known: bool) -> None:
         axis.set_xlabel(f"score {image.shown:.3f}\nno verdict", fontsize=8)
         return
     called = int(image.shown > THRESHOLD)
-    words, colour = f"score {image.shown:.3f}, {VERDICTS[called]}", RIGHT
+    digits = telling_digits(image.shown, THRESHOLD)
+    words, colour = f"score {image.shown:.{digits}f}, {VERDICTS[called]}", RIGHT
     if image.label is not None:
         wrong = "✗ false alarm" if called else "✗ missed"
         words += "\n" + ("✓ right" if called == image.label else wrong)

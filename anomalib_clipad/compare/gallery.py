@@ -33,7 +33,8 @@ def page_images(
         for path, image in one.images.items():
             found = findings.setdefault((str(row["category"]), path), {})
             heat = image.heat.relative_to(output).as_posix()
-            found.setdefault(str(row["model"]), Finding(image.shown, raw=f"{image.score:.6g}", heat=heat))
+            finding = Finding(image.shown, f"{image.score:.6g}", heat, image.p_value, image.explanation)
+            found.setdefault(str(row["model"]), finding)
             truths[str(row["category"]), path] = image.label
     images = []
     for number, ((category, path), found) in enumerate(sorted(findings.items())):

@@ -219,7 +219,7 @@ class CompareJob(Job):
                 "versions": inputs["versions"],
                 "inputs": inputs,
             }
-            self._keep(evaluator, scales)
+            self._keep(evaluator, scales, getattr(model.post_processor, "good_scores", None))
         return row
 
     @contextmanager
@@ -235,7 +235,7 @@ class CompareJob(Job):
                 callbacks=[evaluator, ImageProgress(self.tell)],
             )
 
-    def _keep(self, evaluator: CompareEvaluator, scales: Scales) -> None:
+    def _keep(self, evaluator: CompareEvaluator, scales: Scales, good_scores: torch.Tensor | None) -> None:
         numbers = {path: number for number, path in enumerate(evaluator.paths)}
         order = [numbers[path] for path in sorted(numbers)]
         shown = choose_examples(evaluator.paths, evaluator.labels)
@@ -243,7 +243,7 @@ class CompareJob(Job):
         masks = {path: evaluator.stream.mask(numbers[path]) for path in (*shown, *both) if path is not None}
         job_files.write_heat(self.file, heat_layers(evaluator.stream, order, scales.map, self.tell))
         job_files.write_masks(self.file, {path: mask for path, mask in masks.items() if mask is not None})
-        job_files.write_scores(self.file, evaluator.paths, evaluator.labels, evaluator.scores)
+        job_files.write_images(self.file, evaluator.table(scales.map, good_scores))
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import pandas as pd
 from PIL import Image
 
 from anomalib_clipad.compare.scale import Scales
+from anomalib_clipad.engine.table import BOXES
 from anomalib_clipad.files import remove_abandoned, replacing, write_atomically
 
 KEPT = (".npz", ".csv")
+IMAGE_COLUMNS = ("path", "label", "score", "p_value", "marked_area", *BOXES, "explanation")  # of KEY.csv
 DRAFT_AGE = 3600  # seconds after which a draft was left behind by a process that died
 ERRORS = "surrogateescape"  # a file's name may be no valid text
 
@@ -112,10 +114,15 @@ def write_masks(file: Path, masks: Mapping[str, np.ndarray]) -> None:
         np.savez_compressed(draft, paths=np.array(list(masks), dtype=str), **arrays)
 
 
-def write_scores(file: Path, paths: Sequence[str], labels: Sequence[int | None], scores: Sequence[float]) -> None:
-    """Write a line an image, in the order of their paths."""
-    table = pd.DataFrame({"path": paths, "label": labels, "score": scores}).sort_values("path")
-    write_atomically(file.with_suffix(".csv"), table.to_csv(index=False).encode(errors=ERRORS))
+def write_images(file: Path, table: pd.DataFrame) -> None:
+    """Write a line an image, in the order of their paths.
+
+    Args:
+        file: Of the job's row.
+        table: ``IMAGE_COLUMNS`` of every image.
+    """
+    content = table.sort_values("path").to_csv(index=False, columns=list(IMAGE_COLUMNS))
+    write_atomically(file.with_suffix(".csv"), content.encode(errors=ERRORS))
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,10 @@ class KeptImage:
         shown: The same on the common scale, 0.5 at the threshold.
         label: 1 if the image is anomalous, 0 if it is normal, None if that is not known.
         heat: Its heat layer.
+        p_value: Share of normal images that score as high, where scores of normal images are known.
+        marked_area: Share of the image above the map's threshold, where that is known.
+        box: Of the largest marked region, see :func:`anomalib_clipad.engine.table.largest_box`; or nothing.
+        explanation: What the model says in words.
 
     Example:
         >>> KeptImage(score=7.2, shown=0.6, label=1, heat=Path("00000.png")).shown > 0.5
@@ -137,6 +148,10 @@ class KeptImage:
     shown: float
     label: int | None
     heat: Path
+    p_value: float | None = None
+    marked_area: float | None = None
+    box: tuple[float, ...] = ()
+    explanation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,15 +181,23 @@ class Kept:
             return None
         row, digest = found
         scales = Scales.read(row["scales"])
-        table = pd.read_csv(
-            file.with_suffix(".csv"), encoding_errors=ERRORS, dtype={"path": str}, keep_default_na=False
+        table = pd.read_csv(file.with_suffix(".csv"), encoding_errors=ERRORS, dtype=str, keep_default_na=False).reindex(
+            columns=IMAGE_COLUMNS, fill_value=""
         )
         scores = pd.to_numeric(table["score"], errors="coerce").astype(float)
-        labels = [None if np.isnan(label) else int(label) for label in pd.to_numeric(table["label"], errors="coerce")]
         images = {
-            path: KeptImage(score, shown, label, heat_folder(file) / _heat_name(number))
-            for number, (path, score, shown, label) in enumerate(
-                zip(table["path"], scores.tolist(), scales.score.shown(scores).tolist(), labels, strict=True)
+            row.path: KeptImage(
+                score,
+                shown,
+                label=int(float(row.label)) if row.label else None,
+                heat=heat_folder(file) / _heat_name(number),
+                p_value=float(row.p_value) if row.p_value else None,
+                marked_area=float(row.marked_area) if row.marked_area else None,
+                box=tuple(float(getattr(row, side)) for side in BOXES if getattr(row, side)),
+                explanation=row.explanation or None,
+            )
+            for number, (row, score, shown) in enumerate(
+                zip(table.itertuples(), scores.tolist(), scales.score.shown(scores).tolist(), strict=True)
             )
         }
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:

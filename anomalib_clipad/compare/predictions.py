@@ -9,12 +9,12 @@ from typing import Any
 import pandas as pd
 
 from anomalib_clipad.compare.job_files import Kept
-from anomalib_clipad.engine.table import NAME, VERDICTS
+from anomalib_clipad.engine.table import BOXES, NAME, VERDICTS
 from anomalib_clipad.files import write_atomically
 
 COLUMNS = (
     *("model", "category", "seed", "shots", "path", "score", "threshold", "label", "true_label"),
-    "scaled_score",
+    *("scaled_score", "p_value", "marked_area", *BOXES, "explanation"),
 )
 COUNTS = ("true positives", "false negatives", "false positives", "true negatives")
 
@@ -39,7 +39,8 @@ def predictions(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept]) -> 
 
     Returns:
         ``COLUMNS``: ``score`` and ``threshold`` in the model's own unit, ``scaled_score`` on the common scale.
-        Threshold and label are empty where the model has no threshold, the true label where there is none.
+        Threshold and label are empty where the model has no threshold, and so are marked area and box where its maps
+        have none; true label, p-value and explanation where there is none.
 
     Example:
         >>> predictions([{"model": "SDP", "category": "nut", "key": "none"}], {}).empty
@@ -60,6 +61,10 @@ def predictions(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept]) -> 
                     VERDICTS[int(image.score > scale.threshold)] if scale.known else None,
                     None if image.label is None else VERDICTS[image.label],
                     image.shown,
+                    image.p_value,
+                    image.marked_area,
+                    *(image.box or [None] * len(BOXES)),
+                    image.explanation,
                 )
             )
     return pd.DataFrame(found, columns=list(COLUMNS)).convert_dtypes(convert_floating=False)

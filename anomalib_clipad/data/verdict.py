@@ -67,15 +67,21 @@ class Verdict:
             return "score is not a number"
         if self.threshold is None:
             return f"score {self.score:.3f}"
-        above = self.score > self.threshold
-        digits = 3
-        while digits < 6 and self.score != self.threshold and f"{self.score:.{digits}f}" == _fixed(self, digits):
-            digits += 1
-        return f"score {self.score:.{digits}f} {'>' if above else '≤'} threshold {_fixed(self, digits)}"
+        digits = telling_digits(self.score, self.threshold)
+        sign = ">" if self.score > self.threshold else "≤"
+        return f"score {self.score:.{digits}f} {sign} threshold {self.threshold:.{digits}f}"
 
 
-def _fixed(verdict: Verdict, digits: int) -> str:
-    return f"{verdict.threshold:.{digits}f}"
+def telling_digits(score: float, threshold: float) -> int:
+    """Digits behind the point, at least three and at most six, that tell a score from the threshold.
+
+    Example:
+        >>> telling_digits(0.7, 0.5), telling_digits(0.50004, 0.5), telling_digits(0.5, 0.5)
+        (3, 5, 3)
+    """
+    if score == threshold:
+        return 3
+    return next((digits for digits in (3, 4, 5) if f"{score:.{digits}f}" != f"{threshold:.{digits}f}"), 6)
 
 
 def verdicts(

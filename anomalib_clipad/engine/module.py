@@ -14,6 +14,7 @@ from anomalib.data import AnomalibDataModule, Batch, ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch import Callback
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
@@ -30,7 +31,7 @@ from anomalib_clipad.engine.normal_images import NormalImagesMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
-from anomalib_clipad.engine.run_folder import RunFolder
+from anomalib_clipad.engine.run_folder import RunFolder, check_root
 from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
 from anomalib_clipad.engine.visualizer import ClipAdVisualizer
@@ -130,8 +131,10 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
         callbacks.insert(
             1 + max((i for i, one in enumerate(callbacks) if one is self.post_processor), default=-1), DefectNaming()
         )
-        # Behind the visualizer, whose pictures the table names.
-        callbacks += [writer for writer in (self.table, self.page) if writer is not None]
+        # The table comes last: it names the pictures, and says at the end where everything is.
+        callbacks += [writer for writer in (self.page, self.table) if writer is not None]
+        if any(isinstance(callback, SaveConfigCallback) for callback in cast("Any", self.trainer).callbacks):
+            check_root(self.trainer)
         if any(isinstance(callback, PredictionTable | PageWriter | ClipAdVisualizer) for callback in callbacks):
             callbacks.insert(0, RunFolder())
         return [RunGuard(callbacks), *callbacks]

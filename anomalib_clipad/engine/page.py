@@ -14,7 +14,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
-from anomalib_clipad.engine.run_folder import images_of, run_folder, writing
+from anomalib_clipad.engine.run_folder import run_folder, skipped_images, writing
 from anomalib_clipad.engine.visualizer import map_on_the_scale
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.page import (
@@ -37,7 +37,8 @@ MOST_IMAGES = 20_000  # on a page; a browser grows slow above, and each has a pi
 class PageWriter(Callback):
     """Writes ``report.html`` beside the table of predictions, with thumbnails and heatmaps of the images.
 
-    They are written batch by batch, the page at the end of the run, after an interruption with what there is.
+    They are written batch by batch, the page at the end of the run, after Ctrl-C or an error with what there is. A run
+    that is killed leaves the table and the pictures, but no page.
 
     Args:
         most_images: How many images of a run get onto the page; the table has all of them.
@@ -50,13 +51,15 @@ class PageWriter(Callback):
     def __init__(self, most_images: int = MOST_IMAGES) -> None:
         self.most_images = most_images
         self._images: list[PageImage] = []
-        self._seen = 0
+        self._scored: list[str] = []  # also what is not on the page
+        self._folder = Path()
         self._running = False
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a page."""
-        del trainer, pl_module
-        self._images, self._seen, self._running = [], 0, True
+        del pl_module
+        self._images, self._scored, self._running = [], [], True
+        self._folder = run_folder(trainer)
 
     def on_test_batch_end(
         self,
@@ -69,9 +72,9 @@ class PageWriter(Callback):
     ) -> None:
         """Draw the images of a batch."""
         del batch, batch_idx, dataloader_idx
-        scored, folder = cast("ZeroShotBatch", outputs), run_folder(trainer)
+        scored, folder = cast("ZeroShotBatch", outputs), self._folder
         room = self.most_images // trainer.world_size - len(self._images)
-        self._seen += scored.batch_size
+        self._scored += map(str, scored.image_path or [""] * scored.batch_size)
         with writing(folder / NAME):
             for item, score in zip(scored.items[: max(0, room)], _scores(scored, pl_module), strict=False):
                 # Images without a file have a number of their own in every process.
@@ -80,10 +83,10 @@ class PageWriter(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join what several processes have drawn, and write the page."""
-        folder = run_folder(trainer)
+        folder = self._folder
         with writing(folder / NAME):
             if not trainer.is_global_zero:
-                content = {"seen": self._seen, "images": [asdict(image) for image in self._images]}
+                content = {"scored": self._scored, "images": [asdict(image) for image in self._images]}
                 _part(folder, trainer.global_rank).write_text(json.dumps(content), encoding="utf-8")
         trainer.strategy.barrier("pages are written")
         if trainer.is_global_zero:
@@ -91,7 +94,7 @@ class PageWriter(Callback):
                 for rank in range(1, trainer.world_size):
                     self._join(_part(folder, rank))
                 self._running = False
-                logger.info("Page: %s.", self._write(trainer, pl_module))
+                self._write(trainer, pl_module)
 
     on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
@@ -101,21 +104,20 @@ class PageWriter(Callback):
             return
         why = "interrupted" if isinstance(exception, KeyboardInterrupt) else "ended by an error"
         try:
-            path = self._write(trainer, pl_module, [f"The run was {why}; the page has the images that were done."])
-            logger.info("Page of what was done: %s.", path)
+            self._write(trainer, pl_module, [f"The run was {why}; the page has the images that were done."])
         except (OSError, InputError) as error:
             logger.warning("No page was written (%s).", error)
         self._running = False
 
     def _join(self, part: Path) -> None:
         content = json.loads(part.read_text(encoding="utf-8"))
-        self._seen += content["seen"]
+        self._scored += content["scored"]
         for row in content["images"]:
             findings = {model: Finding(**finding) for model, finding in row.pop("findings").items()}
             self._images.append(PageImage(**row, findings=findings))
         part.unlink()
 
-    def _write(self, trainer: Trainer, model: LightningModule, notes: Sequence[str] = ()) -> Path:
+    def _write(self, trainer: Trainer, model: LightningModule, notes: Sequence[str] = ()) -> None:
         images = with_folders(self._images)
         classes = sorted({image.category for image in images})
         title = f"{_name(model)}: {', '.join(classes)}" if classes else _name(model)
@@ -123,8 +125,8 @@ class PageWriter(Callback):
         figures = {key: float(value) for key, value in logged.items() if value.numel() == 1}
         metrics = pd.DataFrame([{"model": _name(model), **figures}]) if figures else None
         post_processor = _post_processor(model)
-        return write_page(
-            run_folder(trainer),
+        write_page(
+            self._folder,
             title,
             images,
             notes=[*notes, *self._notes(trainer, model)],
@@ -138,11 +140,10 @@ class PageWriter(Callback):
             yield "The demonstration backbone is not for inspection: it was trained on rendered textures only."
         if model.hparams.get("pretrained", "") is None:
             yield "The weights are random, so scores and heatmaps mean nothing."
-        if self._seen > len(self._images):
-            yield f"The page has {len(self._images)} of the {self._seen} images; {NAME} would be slow with more."
-        left = len(set(images_of(trainer))) - self._seen
-        if left > 0 and not self._running:
-            yield f"Images that are not on the page: {left}; the run's log names those that could not be read."
+        if (scored := len(self._scored)) > len(self._images):
+            yield f"The page has {len(self._images)} of the {scored} images; {NAME} would be slow with more."
+        if not self._running and (skipped := skipped_images(trainer, self._scored)):
+            yield f"Images that could not be read and are not on the page: {len(skipped)}; the run's log names them."
 
 
 def _post_processor(model: LightningModule) -> PostProcessor | None:

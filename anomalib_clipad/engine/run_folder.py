@@ -1,8 +1,9 @@
 """Where the results of a run go: every run of test or predict has a folder of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, cast
 
 from anomalib.utils.path import create_versioned_dir
@@ -73,11 +74,58 @@ def images_of(trainer: Trainer) -> Iterator[str]:
         >>> list(images_of(Trainer(logger=False, accelerator="cpu")))
         []
     """
+    for loader in _loaders(trainer):
+        yield from loader.dataset.image_paths()
+
+
+def skipped_images(trainer: Trainer, scored: Collection[str]) -> list[str]:
+    """Images that the run was to read and has not scored; those behind a limit of batches were not asked for.
+
+    Args:
+        trainer: The run's, at its end.
+        scored: Paths of the images that were scored, by all processes.
+
+    Example:
+        >>> skipped_images(Trainer(logger=False, accelerator="cpu"), [])
+        []
+    """
+    done, skipped = set(scored), []
+    limits = trainer.num_predict_batches if trainer.predicting else trainer.num_test_batches
+    for loader, most in zip(_loaders(trainer), limits, strict=False):
+        paths = loader.dataset.image_paths()
+        if most < len(loader):  # unreadable batches do not count, so it may have gone on behind them
+            last = max((number for number, path in enumerate(paths) if path in done), default=-1)
+            paths = paths[: max(last + 1, int(most) * (loader.batch_size or 1) * trainer.world_size)]
+        skipped += [path for path in paths if path not in done]
+    return sorted(skipped)
+
+
+def _loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of the run whose data set names its images."""
     loaders: Any = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-        dataset = getattr(loader, "dataset", None)
-        if isinstance(dataset, ReadableDataset):
-            yield from dataset.image_paths()
+    of_run = loaders if isinstance(loaders, list | tuple) else [loaders]
+    return [loader for loader in of_run if isinstance(getattr(loader, "dataset", None), ReadableDataset)]
+
+
+def check_root(trainer: Trainer) -> None:
+    """Say in one sentence that nothing can be written, before anomalib's command line saves its configuration there.
+
+    Args:
+        trainer: The run's; its folder is made.
+
+    Raises:
+        InputError: If the folder cannot be made or written to.
+
+    Example:
+        >>> check_root(Trainer(default_root_dir="results", logger=False, accelerator="cpu"))
+        >>> Path("results").is_dir()
+        True
+    """
+    root = Path(trainer.default_root_dir)
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=root) as file:
+            file.write(b"?")
 
 
 @contextmanager

@@ -13,16 +13,16 @@ from scipy import ndimage
 
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.data.verdict import VERDICTS, Verdict, verdicts
-from anomalib_clipad.engine.run_folder import IMAGES, images_of, run_folder, writing
+from anomalib_clipad.engine.run_folder import IMAGES, run_folder, skipped_images, writing
+from anomalib_clipad.page.page import NAME as PAGE
 
 logger = logging.getLogger(__name__)
 
 NAME = "predictions.csv"
-BOX = ("left", "top", "right", "bottom")
+BOXES = tuple(f"box_{side}" for side in ("left", "top", "right", "bottom"))
 COLUMNS = (
     *("path", "class", "score", "threshold", "label", "p_value", "true_label", "marked_area"),
-    *(f"box_{side}" for side in BOX),
-    *("picture", "explanation"),
+    *(*BOXES, "picture", "explanation"),
 )
 MOST_NAMED = 5  # skipped images in the closing line
 
@@ -33,8 +33,9 @@ class PredictionTable(Callback):
     A row has the image's path and class, its score, the threshold that it is compared with, label, p-value where
     scores of normal images are known, true label where it is known, the marked share of the image, the bounding box of
     the largest marked region as fractions of width and height, the file of its picture relative to the table where the
-    visualizer is ours, and the batch's explanation. Rows are written batch by
-    batch, so an interrupted run leaves those of all images that it has scored.
+    visualizer is ours, and the batch's explanation.
+    Rows are written batch by batch, so a run that was interrupted, by any signal, leaves those of all images that it
+    has scored.
 
     Example:
         >>> PredictionTable.path(Path("results"))
@@ -43,6 +44,7 @@ class PredictionTable(Callback):
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
+        self._folder = Path()
         self._paths: list[str] = []
         self._anomalous = 0
 
@@ -56,7 +58,8 @@ class PredictionTable(Callback):
         del pl_module
         self._close()
         self._paths, self._anomalous = [], 0
-        path = self.path(run_folder(trainer), trainer.global_rank)
+        self._folder = run_folder(trainer)
+        path = self.path(self._folder, trainer.global_rank)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
@@ -78,7 +81,7 @@ class PredictionTable(Callback):
         ours, model = cast("ZeroShotBatch", outputs), cast("Any", pl_module)
         said = verdicts(ours, model.model.class_names, model.post_processor, batch_idx)
         rows = [_row(*pair) for pair in zip(said, ours.items, strict=True)]
-        with writing(self.path(run_folder(trainer), trainer.global_rank)):
+        with writing(self.path(self._folder, trainer.global_rank)):
             csv.DictWriter(self._file, COLUMNS).writerows(rows)
             self._file.flush()
         self._paths += [row["path"] for row in rows]
@@ -88,30 +91,33 @@ class PredictionTable(Callback):
         """Join the tables of several processes, and say what was found."""
         del pl_module
         self._close()
-        folder = run_folder(trainer)
         trainer.strategy.barrier("tables are written")
         if not trainer.is_global_zero:
             return
-        with writing(self.path(folder)):
+        with writing(self.path(self._folder)):
             for rank in range(1, trainer.world_size):
-                self._join(self.path(folder), self.path(folder, rank))
-        known = sorted(images_of(trainer))
-        seen = set(self._paths)
-        skipped = [path for path in known if path not in seen]
-        words = f"{len(self._paths)} images, {self._anomalous} of them anomalous"
-        if skipped:
-            more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
-            words += f"; {len(skipped)} skipped: {', '.join(skipped[:MOST_NAMED])}{more}"
-        here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        pictures = f", {IMAGES}" if (folder / IMAGES).is_dir() else ""
-        logger.info("%s. Results in %s: %s%s.", words, here, NAME, pictures)
+                self._join(self.path(self._folder), self.path(self._folder, rank))
+        self._say(skipped_images(trainer, self._paths))
 
     on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the rows that were written."""
-        del trainer, pl_module, exception
-        self._close()
+        """Leave the rows that were written, and say so."""
+        del pl_module, exception
+        if self._file is not None:
+            self._close()
+            if trainer.is_global_zero:
+                self._say([], " when the run ended")
+
+    def _say(self, skipped: list[str], when: str = "") -> None:
+        words = f"{len(self._paths)} images, {self._anomalous} of them anomalous{when}"
+        if skipped:
+            more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
+            words += f"; {len(skipped)} skipped: {', '.join(skipped[:MOST_NAMED])}{more}"
+        folder = self._folder
+        here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        there = [name for name in (NAME, IMAGES, PAGE) if (folder / name).exists()]
+        logger.info("%s. Results in %s: %s.", words, here, ", ".join(there))
 
     def _join(self, table: Path, part: Path) -> None:
         with part.open(newline="", encoding="utf-8") as other, table.open("a", newline="", encoding="utf-8") as file:
@@ -143,7 +149,7 @@ def _row(verdict: Verdict, item: ZeroShotItem) -> dict[str, Any]:
     if item.pred_mask is not None:
         mask = cast("torch.Tensor", item.pred_mask).detach().cpu().numpy().astype(bool)
         row["marked_area"] = f"{mask.mean():.6f}"
-        row |= {f"box_{side}": f"{value:.4f}" for side, value in zip(BOX, largest_box(mask), strict=False)}
+        row |= {side: f"{value:.4f}" for side, value in zip(BOXES, largest_box(mask), strict=False)}
     return row
 
 
