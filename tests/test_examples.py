@@ -1,5 +1,6 @@
 """The scripts in examples/ and benchmarks/, run as a reader would run them."""
 
+import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run_script(script: str, *arguments: object) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # which some scripts change
         with kept_log_handlers():
             runpy.run_path(str(ROOT / script), run_name="__main__")
         return capsys.readouterr().out
@@ -54,8 +56,8 @@ def test_gpu_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip:
     assert all(float(row[4]) > 0 and float(row[5].removesuffix(" x")) > 0 for row in rows)
 
 
-def test_mosaics_are_drawn_and_counted(tmp_path: Path) -> None:
-    said = run("examples/mosaic.py", "--mosaics", 2, "--references", 1, cwd=tmp_path)
+def test_mosaics_are_drawn_and_counted(run: Callable[..., str], tmp_path: Path) -> None:
+    said = run("examples/mosaic.py", "--mosaics", 2, "--references", 1)
     assert "tiles: the peak lies in the broken part in 2 of 2 mosaics" in said
     sheets = sorted((tmp_path / "results/mosaic").glob("*.png"))
     assert [Image.open(sheet).size for sheet in sheets] == [(3 * 728, 518)] * 2
