@@ -1,4 +1,4 @@
-"""The scripts in examples/ and benchmarks/, run as a reader would run them."""
+"""The scripts in examples/ and benchmarks/, run as a reader would run them, but for the start of Python."""
 
 import logging
 import runpy

@@ -6,6 +6,7 @@ import pytest
 
 from .conftest import ROOT, run_command
 
+pytestmark = pytest.mark.slow
 FIND_SPEC = "import importlib.util; assert importlib.util.find_spec('anomalib.models')"
 
 
