@@ -165,6 +165,18 @@ def test_the_command_explains_anomalous_images(
         assert words in ("", "unspecified") or {"scratch", "big dent"} == {part[:-5] for part in words.split(", ")}
 
 
+@pytest.mark.parametrize("written", ["true", "{nut: [big dent, hole]}"])
+def test_the_command_takes_states_and_mappings(
+    anomalib: Callable[..., CompletedProcess], small_clip: str, image_folder: Path, tmp_path: Path, written: str
+) -> None:
+    model = ["--model", "ClipAdSdp", "--model.backbone", small_clip, "--model.class_name", "nut"]
+    run = anomalib("predict", *model, "--model.defects", written, "--data", image_folder)
+    assert run.returncode == 0, run.stderr
+    known = {"unspecified", *(("scratch", "crack", "contamination") if written == "true" else ("big dent", "hole"))}
+    for label, words in explanations(tmp_path / "results").values():
+        assert label == "normal" or known & {part.rstrip(" .0123456789") for part in words.split(", ")}
+
+
 @pytest.mark.parametrize("name", ["ClipAdSdp", "ClipAdSdpPlus"])
 def test_words_survive_the_single_pass_and_a_checkpoint(
     name: str, small_clip: str, parts: Path, tmp_path: Path

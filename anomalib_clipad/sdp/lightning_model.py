@@ -90,7 +90,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         augment_references: bool = False,
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
-        defects: list[str] | dict[str, Any] | str | bool | None = None,
+        defects: list[str] | dict[str, Any] | bool | str | None = None,
         single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,

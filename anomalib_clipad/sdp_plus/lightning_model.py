@@ -99,7 +99,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
         lr: float = 1e-4,
-        defects: list[str] | dict[str, Any] | str | bool | None = None,
+        defects: list[str] | dict[str, Any] | bool | str | None = None,
         single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
