@@ -16,7 +16,6 @@ from anomalib_clipad import InputError
 from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator, known, write_report
 from anomalib_clipad.compare.pipeline import preflight
 from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
-from anomalib_clipad.compare.scale import Scales
 
 from .commands import run_in_process
 from .conftest import LAYOUT, write_category
@@ -65,9 +64,9 @@ def test_pixel_figures_are_those_of_the_files_masks(data_root: Path, small_clip:
     kept: list[CompareEvaluator] = []
 
     class Keeping(CompareJob):
-        def _keep(self, evaluator: CompareEvaluator, scales: Scales) -> None:
+        def _keep(self, evaluator: CompareEvaluator, *others: object) -> None:
             kept.append(evaluator)
-            super()._keep(evaluator, scales)
+            super()._keep(evaluator, *others)
 
     config = configuration(data_root, [{**SDP, "init_args": {"backbone": small_clip}}], ("gear",))["compare"]
     row = Keeping(config["models"][0], config["data"][0], None, 0, 64, tmp_path, "cpu").run()

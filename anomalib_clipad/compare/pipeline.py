@@ -96,7 +96,8 @@ class Compare(Pipeline):
             say(f"Skipped, because it cannot be read: {path} ({', '.join(models)})")
         if failed := [row for row in rows if "error" in row]:
             names = "; ".join(f"{row['model']} on {row['category']}" for row in failed)
-            msg = f"{len(failed)} of {len(rows)} jobs failed: {names}. The others are in the report."
+            others = " The others are in the report." if len(failed) < len(rows) else ""
+            msg = f"{len(failed)} of {len(rows)} jobs failed: {names}.{others}"
             raise InputError(msg)
         return rows
 
