@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +71,32 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
                 draft.unlink()
         except OSError:
             continue
+
+
+def common_folder(paths: Sequence[str]) -> str | None:
+    """The folder that all paths have in common; none of no paths, of several drives, or of relative and absolute ones.
+
+    Example:
+        >>> common_folder(["line/a/1.png", "line/b/1.png"]), common_folder(["1.png"]), common_folder([])
+        ('line', '.', None)
+    """
+    try:
+        return os.path.commonpath([str(Path(path).parent) for path in paths]) or "."
+    except ValueError:
+        return None
+
+
+def relative_path(path: str | Path, folder: str | Path) -> str | None:
+    """A path seen from a folder, with slashes; none where they are on different drives.
+
+    Example:
+        >>> relative_path("line/a/1.png", "line"), relative_path("1.png", "results")
+        ('a/1.png', '../1.png')
+    """
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        return None
 
 
 def slug(name: str) -> str:

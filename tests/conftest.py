@@ -243,3 +243,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(root / "train/good")
     write_good(root / "train/good", 12)
     return root
+
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB")).astype(int)

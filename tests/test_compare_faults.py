@@ -16,11 +16,11 @@ from PIL import Image
 from anomalib_clipad import InputError
 from anomalib_clipad.compare import CompareJob, CompareJobGenerator, write_report
 from anomalib_clipad.compare.examples import choose_examples, short_names
-from anomalib_clipad.compare.job_files import Kept, remove_drafts
+from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.pipeline import Compare
 from anomalib_clipad.compare.screen import interruptible, logging_to
-from anomalib_clipad.files import slug
+from anomalib_clipad.files import remove_abandoned, slug
 
 from .conftest import limited_files
 
@@ -167,7 +167,7 @@ def test_old_drafts_are_removed_and_new_ones_are_not(tmp_path: Path) -> None:
     for name, age in ((".old.1.json", 7200), (".new.2.json", 0)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, (tmp_path / name).stat().st_mtime - age))
-    remove_drafts(tmp_path)
+    remove_abandoned(tmp_path, ".*")
     assert [path.name for path in tmp_path.iterdir()] == [".new.2.json"]
 
 

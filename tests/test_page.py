@@ -18,7 +18,7 @@ from anomalib_clipad import ClipAdSdp, InputError
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.table import NAME as TABLE
-from anomalib_clipad.page import Finding, PageImage, shown_by_browsers, write_page, write_thumbnail
+from anomalib_clipad.page import Finding, PageImage, original_for_browsers, write_page, write_thumbnail
 
 from .conftest import folder, limited_files, new_engine, write_category
 
@@ -150,7 +150,7 @@ def test_a_thumbnail_looks_as_the_model_sees_the_image(tmp_path: Path) -> None:
             assert thumbnail.size == (240, 96), file.name
             found = np.asarray(thumbnail.convert("L"))[:, 2:-2].mean(axis=0)
         assert np.abs(found - np.linspace(0, 255, 240)[2:-2]).max() < 4, file.name
-    shown = [shown_by_browsers(file) for file in files]
+    shown = [original_for_browsers(file, tmp_path) is not None for file in files]
     assert shown == [True, True, False, True, False, False], "turned or scaled by a browser"
 
 

@@ -105,3 +105,24 @@ def test_a_comparison_counts_the_time_of_the_pass_that_scored() -> None:
     assert evaluator.images_per_second(SimpleNamespace(served=8)) == 2
     assert evaluator.images_per_second(SimpleNamespace(served=4)) == 3
     assert evaluator.images_per_second(object()) == 8
+
+
+def test_weights_that_were_changed_between_two_runs_of_a_trainer_count(
+    small_clip: str, root: Path, tmp_path: Path, scored: list[str]
+) -> None:
+    model = build_model("ClipAdSdpPlus", small_clip, tmp_path, visualizer=False)
+    engine, data = new_engine(tmp_path / "results"), folder(root)
+    engine.validate(model, datamodule=data, verbose=False)
+    changed = {key: value + 0.1 for key, value in model.model.adapter.state_dict().items()}
+    model.model.adapter.load_state_dict(changed)
+    engine.trainer.test(model, datamodule=data, verbose=False)
+    assert len(scored) == 2 * IMAGES
+
+
+def test_an_exported_file_holds_no_scores_of_a_validation(small_clip: str, root: Path, tmp_path: Path) -> None:
+    model = build_model("ClipAdSdp", small_clip, tmp_path, visualizer=False)
+    plain = model.to_torch(tmp_path / "plain").stat().st_size
+    new_engine(tmp_path / "results").validate(model, datamodule=folder(root), verbose=False)
+    assert model._kept
+    maps = IMAGES * 32 * 32 * 4  # bytes
+    assert model.to_torch(tmp_path / "validated").stat().st_size < plain + maps / 2

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from anomalib.cli import cli
 from lightning.pytorch import Callback
 from PIL import Image
 
 from anomalib_clipad import ClipAdSdp, InputError
 from anomalib_clipad.engine.table import COLUMNS, NAME, largest_box
 
+from .commands import run_in_process
 from .conftest import ANOMALIB, folder, limited_files, new_engine, start_command, write_category
 
 BARE = {"visualizer": False}
@@ -121,15 +121,14 @@ def test_an_interrupted_run_says_what_it_leaves_and_where(
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(
-    small_clip: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    small_clip: str, image_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file")
     arguments = ["--model", "ClipAdSdp", "--model.backbone", small_clip, "--model.class_name", "cup"]
-    place = ["--default_root_dir", str(tmp_path / "taken"), "--data", str(image_folder)]
-    monkeypatch.setattr("sys.argv", ["anomalib", "predict", *arguments, *place])
-    with pytest.raises(SystemExit):
-        cli.main()
-    last = capsys.readouterr().err.splitlines()[-1]
+    place = ["--default_root_dir", tmp_path / "taken", "--data", image_folder]
+    done = run_in_process("predict", *arguments, *place, cwd=tmp_path)
+    assert done.returncode != 0
+    last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'taken'}")
     assert "cannot be written" in last
 
@@ -202,3 +201,14 @@ def test_the_trainer_is_left_without_our_callbacks(small_clip: str, category: Pa
         callback for callback in engine.trainer.callbacks if type(callback).__module__.startswith("anomalib_clipad")
     ]
     assert not ours
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(
+    small_clip: str, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = new_engine(tmp_path)
+    model = ClipAdSdp("cup", small_clip, few_shot_source=tmp_path / "gone")
+    with pytest.raises(InputError, match="gone does not exist"):
+        engine.predict(model, data_path=image_folder)
+    assert not list(tmp_path.rglob("predict"))
+    assert "images," not in caplog.text

@@ -140,3 +140,19 @@ def test_a_file_that_changes_leaves_the_model_as_it_is(folder: Path) -> None:
         assert torch.equal(value, expected[name])
     with pytest.raises(InputError, match="have changed since the model was loaded"):
         model.set_classes(["nut"])
+
+
+def test_weights_are_hashed_once_a_start_where_nothing_can_be_kept(
+    cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.write_text("a file in its place")
+    opened: list[Path] = []
+    original = Path.open
+
+    def count(self: Path, *arguments: object, **options: object) -> object:
+        opened.extend([self] if self.suffix == ".safetensors" else [])
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", count)
+    ClipAdSdpModel(str(folder)).set_classes(["nut", "bolt", "screw"])
+    assert len(opened) == 1

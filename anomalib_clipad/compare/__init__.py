@@ -1,7 +1,7 @@
 """The comparison: any models of anomalib side by side, zero-shot ones included."""
 
 # First, because its import calls ours back (see ``plugin``), which must not find this package half imported.
-import anomalib.models  # noqa: F401 - for its effect
+import anomalib.models  # noqa: F401 - registers the models, see above
 
 from anomalib_clipad.compare.evaluator import CompareEvaluator
 from anomalib_clipad.compare.generator import CompareJobGenerator

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -68,7 +68,7 @@ class CompareEvaluator(Evaluator):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the masks' files up; a batch loses them when it begins with a normal image."""
         del pl_module
-        samples = getattr(trainer, "datamodule").test_data.samples  # noqa: B009 - Lightning does not declare it
+        samples = cast("Any", trainer).datamodule.test_data.samples  # which Lightning does not declare
         self.all_paths = [str(path) for path in samples.image_path]
         if "mask_path" in samples:
             self.mask_paths = dict(zip(self.all_paths, map(str, samples.mask_path), strict=True))
@@ -125,20 +125,13 @@ class CompareEvaluator(Evaluator):
         self.figures = {metric.name: float(metric.compute()) for metric in self.measured if metric.update_called}
 
     on_predict_batch_start = on_validation_batch_start = on_test_batch_start
+    on_predict_batch_end = on_test_batch_end  # without labels there is nothing to measure but time
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: Any) -> None:  # noqa: ANN401 - an image batch, and what Lightning does not type
         """Stop the clock, in case the test pass takes the scores over."""
-        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        del trainer, pl_module
         self.validation_seconds += now() - self._start
-        self.validated += len(torch.as_tensor(batch.image))
+        self.validated += len(outputs_and_batch[1].image)
 
     def images_per_second(self, model: object) -> float:
         """Images that went through the model in a second; in validation, too, where its scores serve the test pass."""
@@ -147,18 +140,6 @@ class CompareEvaluator(Evaluator):
         if served:
             images, seconds = images + self.validated - served, seconds + self.validation_seconds
         return images / max(seconds, 1e-9)
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """As in testing; without labels there is nothing to measure but time."""
-        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     @property
     def skipped(self) -> list[str]:

@@ -4,10 +4,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from anomalib_clipad.compare.drawing import new_figure
@@ -104,9 +106,8 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
     foot = _foot(kept, notes, width)
     bottom = 0.5 + 0.16 * len(foot)
     figure = new_figure(width, sum(heights) + 0.3 + bottom)
-    layout = figure.get_layout_engine()
-    assert layout is not None  # noqa: S101 - for the type checker
-    layout.set(rect=(0, bottom / figure.get_figheight(), 1, 1 - bottom / figure.get_figheight()))  # type: ignore[call-arg]
+    layout = cast("ConstrainedLayoutEngine", figure.get_layout_engine())
+    layout.set(rect=(0, bottom / figure.get_figheight(), 1, 1 - bottom / figure.get_figheight()))
     ratios = {"height_ratios": heights, "width_ratios": [NAMES, *([CELL] * len(columns))]}
     axes = figure.subplots(len(rows), 1 + len(columns), squeeze=False, gridspec_kw=ratios)
     for line, row, picture in zip(axes, rows, pictures, strict=True):

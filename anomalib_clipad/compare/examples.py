@@ -1,11 +1,11 @@
 """Which images of a job are shown, and what they are called."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from anomalib_clipad.files import common_folder, relative_path
 from anomalib_clipad.pictures.text import printable
 
 EXAMPLES = 6  # images shown of every category
@@ -58,7 +58,7 @@ def extremes(
 def _evenly_by_folder(paths: Sequence[str], count: int) -> list[str]:
     folders: dict[str, list[str]] = {}
     for path in sorted(paths):
-        folders.setdefault(os.path.dirname(path), []).append(path)  # noqa: PTH120 - paths stay texts
+        folders.setdefault(str(Path(path).parent), []).append(path)
     wanted = _evenly(list(folders.values()), count)
     quota = [0] * len(wanted)
     while sum(quota) < min(count, sum(map(len, wanted))):
@@ -81,10 +81,5 @@ def short_names(paths: Sequence[str]) -> list[str]:
         >>> short_names(["line/a/1.png", "line/b/1.png"])
         ['a/1.png', 'b/1.png']
     """
-    if not paths:
-        return []
-    try:
-        common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
-    except ValueError:  # several drives, or relative and absolute ones
-        return [printable(path) for path in paths]
-    return [printable(Path(os.path.relpath(path, common or ".")).as_posix()) for path in paths]
+    folder = common_folder(paths)
+    return [printable((folder and relative_path(path, folder)) or path) for path in paths]

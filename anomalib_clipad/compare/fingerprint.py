@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from anomalib_clipad.components.weights import is_file, is_folder
+
 
 def fingerprint(paths: list[Path], leave_out: Path) -> str:
     """Digest of names, sizes and times of change of files, and of all files in folders.
@@ -38,13 +40,12 @@ def fingerprint(paths: list[Path], leave_out: Path) -> str:
 
 
 def _files(path: str, unwanted: str) -> Iterator[str]:
-    if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for some texts
+    if not is_folder(path):
         yield path
         return
     for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(folder, name)) != unwanted)  # noqa: PTH118
-        for name in sorted(names):
-            yield os.path.join(folder, name)  # noqa: PTH118 - a data set has many
+        folders[:] = sorted(name for name in folders if os.path.realpath(Path(folder, name)) != unwanted)
+        yield from (str(Path(folder, name)) for name in sorted(names))
 
 
 def files_named(arguments: Mapping[str, Any]) -> list[Path]:
@@ -57,9 +58,8 @@ def files_named(arguments: Mapping[str, Any]) -> list[Path]:
     """
     root = str(arguments["root"]) if arguments.get("root") else None
     texts = list(_texts([value for key, value in arguments.items() if key != "root"]))
-    candidates = ([os.path.join(root, text) for text in texts] if root else []) + texts  # noqa: PTH118
-    # os.path.exists is False for texts that no file can be named by, where Path.exists raises.
-    found = [Path(text) for text in candidates if os.path.exists(text)]  # noqa: PTH110
+    candidates = ([Path(root, text) for text in texts] if root else []) + [Path(text) for text in texts]
+    found = [path for path in candidates if is_file(path) or is_folder(path)]
     return found if found or root is None else [Path(root)]
 
 

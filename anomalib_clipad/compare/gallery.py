@@ -1,13 +1,12 @@
 """Every image of a comparison with what every model found in it, as the page shows it."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.compare.progress import Tell, silent
-from anomalib_clipad.page import Finding, PageImage, shown_by_browsers, with_folders, write_thumbnail
+from anomalib_clipad.page import Finding, PageImage, original_for_browsers, with_folders, write_thumbnail
 
 
 def page_images(
@@ -40,9 +39,7 @@ def page_images(
     for number, ((category, path), found) in enumerate(sorted(findings.items())):
         tell("thumbnails", number, len(findings))
         file = Path(path)
-        original = os.path.relpath(file, output) if shown_by_browsers(file) else None
-        truth = truths[category, path]
-        images.append(
-            PageImage(path, category, truth, found, thumbnail=write_thumbnail(file, output), original=original)
-        )
+        truth, thumbnail = truths[category, path], write_thumbnail(file, output)
+        original = original_for_browsers(file, output)
+        images.append(PageImage(path, category, truth, found, thumbnail=thumbnail, original=original))
     return with_folders(images)

@@ -34,7 +34,7 @@ from anomalib_clipad.compare.settings import short_class
 from anomalib_clipad.compare.shots import take
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
-from anomalib_clipad.files import slug
+from anomalib_clipad.files import remove_abandoned, slug
 from anomalib_clipad.pictures.text import printable
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class CompareJob(Job):
             return done
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            job_files.remove_drafts(self.file.parent)
+            remove_abandoned(self.file.parent, ".*")
             row = self._row() | self._measure(task_id)
             job_files.write_row(self.file, row)
         except Exception as error:  # noqa: BLE001 - any failure of any model costs its own job only

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from anomalib_clipad.files import remove_abandoned, replacing, write_atomically
 
 KEPT = (".npz", ".csv")
 IMAGE_COLUMNS = ("path", "label", "score", "p_value", "marked_area", *BOXES, "explanation")  # of KEY.csv
-DRAFT_AGE = 3600  # seconds after which a draft was left behind by a process that died
 ERRORS = "surrogateescape"  # a file's name may be no valid text
 
 
@@ -203,13 +201,3 @@ class Kept:
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
             masks = dict(zip(arrays["paths"].tolist(), arrays["masks"], strict=True)) if "masks" in arrays else {}
         return cls(images, masks, scales, digest)
-
-
-def remove_drafts(folder: Path) -> None:
-    """Remove what interrupted processes left; drafts of an hour ago belong to nobody."""
-    for draft in folder.glob(".*"):
-        try:
-            if draft.is_file() and time.time() - draft.stat().st_mtime > DRAFT_AGE:
-                draft.unlink()
-        except OSError:  # another process was quicker
-            continue

@@ -1,14 +1,12 @@
 """What is known of single models and cannot be asked of their classes: data, keyed by the name of a class."""
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import open_clip
 from anomalib.models.image.winclip import torch_model as winclip
 
-from anomalib_clipad.components.backbone import HUB_PREFIX
-from anomalib_clipad.plugin import DEMO
+from anomalib_clipad.components import pretrained
 
 # Means over the data set in per cent, as their authors or anomalib's model READMEs give them.
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
@@ -33,28 +31,17 @@ CLIP_SIZES = {"ViT-B-16-plus-240": "800 MB"}  # of downloads
 
 
 def not_for_use(config: Mapping[str, Any]) -> str | None:
-    """Why the figures of a configuration say nothing about the model as it would be used.
+    """As :func:`anomalib_clipad.components.pretrained.not_for_use`, also for anomalib's models.
 
     Args:
         config: Of a model, with init_args.
 
-    Returns:
-        "demonstration backbone" or "random weights", or nothing.
-
     Example:
-        >>> not_for_use({"class_path": "ClipAdSdp", "init_args": {"backbone": "demo"}})
-        'demonstration backbone'
         >>> not_for_use({"class_path": "Patchcore", "init_args": {"pre_trained": False}})
         'random weights'
     """
     arguments = config.get("init_args") or {}
-    backbone = str(arguments.get("backbone", ""))
-    if DEMO in (backbone, arguments.get("adapter")):
-        return "demonstration backbone"
-    brings_its_own = backbone.startswith(HUB_PREFIX) or os.path.isdir(backbone.removeprefix("local-dir:"))  # noqa: PTH112 - Path.is_dir raises for some texts
-    if arguments.get("pretrained", "") is None and not brings_its_own:
-        return "random weights"
-    return "random weights" if arguments.get("pre_trained") is False else None
+    return pretrained.not_for_use(arguments) or ("random weights" if arguments.get("pre_trained") is False else None)
 
 
 def towers_are_sequence_first() -> bool:

@@ -53,7 +53,7 @@ class Compare(Pipeline):
             return [ParallelCompareRunner(generator, n_jobs=torch.cuda.device_count())]
         return [SerialCompareRunner(generator)]
 
-    def run(self, args: argparse.Namespace | None = None) -> list[dict[str, Any]]:  # type: ignore[override]
+    def run(self, args: argparse.Namespace | None = None) -> list[dict[str, Any]]:  # type: ignore[override]  # anomalib's returns nothing
         """Run what is missing and write the report.
 
         anomalib's pipelines return nothing; the rows are for callers in Python.

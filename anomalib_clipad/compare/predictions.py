@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from anomalib_clipad.compare.job_files import Kept
-from anomalib_clipad.engine.table import BOXES, NAME, VERDICTS
+from anomalib_clipad.data.verdict import VERDICTS
+from anomalib_clipad.engine.table import BOXES, NAME
 from anomalib_clipad.files import write_atomically
 
 COLUMNS = (

@@ -39,24 +39,24 @@ class ImageProgress(Callback):
 
     on_train_epoch_start = on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: Any) -> None:  # noqa: ANN401 - Lightning's
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: object) -> None:
         """Count a batch."""
         del pl_module
         epochs = f", epoch {trainer.current_epoch + 1} of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 1 else ""
         self._count(f"training{epochs}", outputs_and_batch[1], trainer.train_dataloader)
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: Any) -> None:  # noqa: ANN401 - Lightning's
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: object) -> None:
         """Count a batch."""
         del pl_module
         if not trainer.sanity_checking:
             self._count("validation", outputs_and_batch[1], trainer.val_dataloaders)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: Any) -> None:  # noqa: ANN401 - Lightning's
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: object) -> None:
         """Count a batch."""
         del pl_module
         self._count("images", outputs_and_batch[1], trainer.test_dataloaders)
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: Any) -> None:  # noqa: ANN401 - Lightning's
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *outputs_and_batch: object) -> None:
         """Count a batch."""
         del pl_module
         self._count("images", outputs_and_batch[1], trainer.predict_dataloaders)

@@ -5,11 +5,12 @@ from typing import Any
 
 import pandas as pd
 
+from anomalib_clipad.compare.evaluator import METRICS
 from anomalib_clipad.compare.scale import ALL, Scales
 from anomalib_clipad.pictures.text import printable
 
 CHANCE = 0.5
-AUROCS = {"image_AUROC": "image AUROC", "pixel_AUROC": "pixel AUROC"}
+AUROCS = ("image_AUROC", "pixel_AUROC")
 
 
 def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -35,7 +36,7 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if measured:
         means = table.groupby(["model", "category"], sort=False)[measured].mean()
         for (model, category), values in means.iterrows():
-            worse = [f"{AUROCS[name]} {100 * values[name]:.1f} %" for name in measured if values[name] < CHANCE]
+            worse = [f"{METRICS[name]} {100 * values[name]:.1f} %" for name in measured if values[name] < CHANCE]
             if worse:
                 found.append(f"Worse than chance: {model} on {category}, {' and '.join(worse)}.")
     return found

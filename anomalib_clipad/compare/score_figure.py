@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from anomalib_clipad.compare.drawing import COLOURS, new_figure
-from anomalib_clipad.engine.table import VERDICTS
+from anomalib_clipad.data.verdict import VERDICTS
 from anomalib_clipad.pictures.heatmap import THRESHOLD
 from anomalib_clipad.pictures.text import shortened
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from anomalib_clipad.components.clip import build_clip, fill_clip
 from anomalib_clipad.components.pretrained import (
+    HUB_PREFIX,
     URL_CACHE,
     WEIGHT_NAMES,
     check_names,
@@ -28,7 +29,7 @@ from anomalib_clipad.components.pretrained import (
     unreachable,
 )
 from anomalib_clipad.components.text_encoder import Tokenizer
-from anomalib_clipad.components.weights import is_file, looks_like_file
+from anomalib_clipad.components.weights import is_file, is_folder, looks_like_file
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.plugin import DEMO, DEMO_FOLDER
 
@@ -36,7 +37,6 @@ __all__ = ["Backbone", "OpenedBackbone", "find_cached", "fingerprint", "load_bac
 
 logger = logging.getLogger(__name__)
 
-HUB_PREFIX = "hf-hub:"
 CONFIG_NAME = "open_clip_config.json"
 
 
@@ -154,14 +154,14 @@ def open_backbone(
     logger.info("Loading the CLIP %s.", backbone)
     if backbone == DEMO:
         logger.warning("The demonstration backbone was trained on rendered textures; it is not for inspection work.")
-    is_folder = _is_folder(folder)
+    local = is_folder(folder)
     tag = pretrained if pretrained and get_pretrained_cfg(backbone, pretrained) else None
     weights = Path(pretrained) if pretrained and not tag and is_file(pretrained) else None
     if pretrained and not tag and weights is None and looks_like_file(pretrained):
         msg = f"pretrained must be a file that exists or a tag {tags_of(backbone)}, got {pretrained!r}."
         raise InputError(msg)
-    if is_folder or backbone.startswith(HUB_PREFIX):
-        config, found = _from_folder(folder) if is_folder else _from_hub(backbone)
+    if local or backbone.startswith(HUB_PREFIX):
+        config, found = _from_folder(folder) if local else _from_hub(backbone)
         preprocess = config["preprocess_cfg"]
         weights = weights or found
         clip = build_clip(backbone, config["model_cfg"], empty=weights is not None)
@@ -232,13 +232,6 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a name that the file system does not accept
-        return False
 
 
 def _tokenizer_options(backbone: str, config: dict[str, Any]) -> dict[str, Any]:

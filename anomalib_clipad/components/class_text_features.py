@@ -24,15 +24,13 @@ class ClassTextFeatures(Float32Buffers):
         defects: Words for what is found, see :class:`DefectNames`; none by default.
 
     Example:
-        >>> import open_clip
-        >>> vision = {"image_size": 32, "layers": 4, "width": 16, "head_width": 8, "patch_size": 8}
-        >>> text = {"width": 8, "heads": 1, "layers": 1}
-        >>> clip = open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text).eval()
-        >>> encoder = TextEncoder(clip, open_clip.get_tokenizer("ViT-B-32"))
-        >>> network = ClassTextFeatures(encoder, 12, PromptEnsemble.from_config("industrial"), {"method": "mean"})
+        >>> from anomalib_clipad.components.backbone import load_backbone
+        >>> clip, tokenizer, *_ = load_backbone(small_clip)
+        >>> encoder = TextEncoder(clip, tokenizer)
+        >>> network = ClassTextFeatures(encoder, 24, PromptEnsemble.from_config("industrial"), {"method": "mean"})
         >>> network.set_classes(["bottle", "metal nut"])
         >>> network.select_text_features(torch.tensor([0, 1, 1])).shape
-        torch.Size([3, 2, 12])
+        torch.Size([3, 2, 24])
     """
 
     growing = ("text_features",)

@@ -1,15 +1,20 @@
 """Where pretrained weights are: open_clip's tags and the hub's files, in their caches or to be downloaded."""
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
+from anomalib_clipad.components.weights import is_folder
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.plugin import DEMO
 
 # The names under which open_clip saves to a folder or a hub, the safe one first.
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+HUB_PREFIX = "hf-hub:"
 URL_CACHE = Path("~/.cache/clip")  # open_clip's own folder for weights that are not on a hub
 
 
@@ -40,6 +45,26 @@ def tags_of(backbone: str) -> str:
         'of a folder (none)'
     """
     return f"of {backbone} ({', '.join(list_pretrained_tags_by_model(backbone)) or 'none'})"
+
+
+def not_for_use(arguments: Mapping[str, Any]) -> str | None:
+    """Why the results of a model say nothing about the object in front of the camera.
+
+    Args:
+        arguments: Of the model, or its ``hparams``: ``backbone``, ``pretrained`` and ``adapter``, if it has them.
+
+    Returns:
+        "demonstration backbone" or "random weights", or nothing.
+
+    Example:
+        >>> not_for_use({"backbone": "demo"}), not_for_use({"backbone": "ViT-B-32", "pretrained": None})
+        ('demonstration backbone', 'random weights')
+    """
+    backbone = str(arguments.get("backbone", ""))
+    if DEMO in (backbone, arguments.get("adapter")):
+        return "demonstration backbone"
+    brings_its_own = backbone.startswith(HUB_PREFIX) or is_folder(backbone.removeprefix("local-dir:"))
+    return "random weights" if arguments.get("pretrained", "") is None and not brings_its_own else None
 
 
 def hub_file(name: str, *files: str) -> Path:

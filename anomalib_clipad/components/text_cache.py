@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class TextVectorCache:
 
     def __init__(self, weights: Path) -> None:
         self.weights = weights
+        self._digest_of: tuple[dict[str, int], str] | None = None  # size and time of the weights, and their digest
 
     def read(self, source: dict[str, Any]) -> torch.Tensor | None:
         """The vectors made from ``source``, (2, D), or nothing where they are not kept."""
@@ -75,6 +77,12 @@ class TextVectorCache:
         path = self.weights.resolve()
         state = path.stat()
         known = {"size": state.st_size, "modified": state.st_mtime_ns}
+        if self._digest_of is None or self._digest_of[0] != known:
+            self._digest_of = known, self._kept_digest(folder, path, known)
+        return self._digest_of[1]
+
+    @staticmethod
+    def _kept_digest(folder: Path, path: Path, known: dict[str, int]) -> str:
         file = folder / "weights" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
         try:
             kept = json.loads(file.read_bytes())
@@ -86,7 +94,8 @@ class TextVectorCache:
         with path.open("rb") as content:
             while part := content.read(CHUNK):
                 digest.update(part)
-        _write(file, json.dumps({**known, "sha256": digest.hexdigest()}).encode())
+        with suppress(OSError):  # a folder that cannot be written to; the weights are read again at the next start
+            _write(file, json.dumps({**known, "sha256": digest.hexdigest()}).encode())
         return digest.hexdigest()
 
 

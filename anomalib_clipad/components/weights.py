@@ -32,6 +32,19 @@ def is_file(path: str | PathLike[str]) -> bool:
         return False
 
 
+def is_folder(path: str | PathLike[str]) -> bool:
+    """Whether a folder exists; False for an empty name, and for one that the file system does not accept.
+
+    Example:
+        >>> is_folder("."), is_folder(""), is_folder("n" * 5000)
+        (True, False, False)
+    """
+    try:
+        return bool(str(path)) and Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def looks_like_file(name: str | PathLike[str]) -> bool:
     """Whether a name means a file, whether it exists or not, rather than a tag of open_clip.
 

@@ -1,7 +1,7 @@
 """What is said of an image: one owner for tables, pictures and pages."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,16 +84,14 @@ def telling_digits(score: float, threshold: float) -> int:
     return next((digits for digits in (3, 4, 5) if f"{score:.{digits}f}" != f"{threshold:.{digits}f}"), 6)
 
 
-def verdicts(
-    batch: ZeroShotBatch, class_names: Sequence[str], post_processor: object, batch_idx: int = 0
-) -> Iterator[Verdict]:
+def verdicts(batch: ZeroShotBatch, model: object, number: str = "0") -> Iterator[Verdict]:
     """What is said of the images of a batch.
 
     Args:
-        batch: As a model has scored it.
-        class_names: Of the model, by which ``class_index`` counts.
-        post_processor: Of the model. The threshold is one minus its ``image_sensitivity``, if scores are normalised.
-        batch_idx: Number of the batch, for images without a file.
+        batch: As the model has scored it.
+        model: A model of anomalib. ``class_index`` counts the classes of its network, if that has any. The threshold is
+            one minus its post-processor's ``image_sensitivity``, if scores are normalised.
+        number: Of the batch, for images without a file.
 
     Yields:
         A verdict an image.
@@ -101,16 +99,19 @@ def verdicts(
     Example:
         >>> import torch
         >>> batch = ZeroShotBatch(image=torch.zeros(1, 3, 8, 8), pred_score=torch.tensor([0.7]))
-        >>> list(verdicts(batch, ["nut"], None))
-        [Verdict(path='image 0-0', class_name='nut', score=0.699..., threshold=None, label=None, p_value=None, ...)]
+        >>> list(verdicts(batch, model=None))
+        [Verdict(path='image 0-0', class_name=None, score=0.699..., threshold=None, label=None, p_value=None, ...)]
     """
-    normalised = isinstance(post_processor, PostProcessor) and post_processor.enable_normalization
-    threshold = 1 - post_processor.image_sensitivity if normalised else None  # type: ignore[attr-defined]
-    for number, item in enumerate(batch.items):
+    class_names = getattr(getattr(model, "model", None), "class_names", ())
+    post_processor = getattr(model, "post_processor", None)
+    threshold = None
+    if isinstance(post_processor, PostProcessor) and post_processor.enable_normalization:
+        threshold = 1 - post_processor.image_sensitivity
+    for row, item in enumerate(batch.items):
         class_index = 0 if item.class_index is None else int(item.class_index)
         label = None if item.pred_label is None else bool(item.pred_label)
         yield Verdict(
-            path=str(item.image_path) if item.image_path else f"image {batch_idx}-{number}",
+            path=str(item.image_path) if item.image_path else f"image {number}-{row}",
             class_name=class_names[class_index] if class_names else None,
             score=_number(item.pred_score),
             threshold=threshold if label is not None else None,

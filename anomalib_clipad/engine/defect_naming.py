@@ -3,20 +3,21 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from anomalib_clipad.components import DefectName, NamingFigures, region_weights
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.engine.visualizer import map_on_the_scale
+from anomalib_clipad.engine.post_processing import map_on_the_scale
+from anomalib_clipad.engine.scored_batches import ScoredBatches
 
 logger = logging.getLogger(__name__)
 
 
-class DefectNaming(Callback):
+class DefectNaming(ScoredBatches):
     """Writes into ``explanation`` of a batch what its anomalous images resemble, where a model has words for it.
 
     It acts when the region is known, that is behind the post-processor. A normal image's explanation is empty. A test
@@ -34,49 +35,39 @@ class DefectNaming(Callback):
     def __init__(self) -> None:
         self._known: list[tuple[str, str | None]] = []  # truth and word
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Forget the images of an earlier run."""
-        del trainer, pl_module
+        del trainer, model
         self._known = []
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's
-        batch: Any,  # noqa: ANN401 - Lightning's
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
         """Name what was found in the images of a batch."""
-        del trainer, batch, batch_idx, dataloader_idx
-        scored, network = cast("ZeroShotBatch", outputs), cast("ZeroShotNetwork", pl_module.model)
-        evidence, scored.defect_evidence = scored.defect_evidence, None  # not to be kept with the predictions
-        if evidence is None or scored.pred_label is None:
+        del trainer, number
+        network = cast("ZeroShotNetwork", model.model)
+        evidence, batch.defect_evidence = batch.defect_evidence, None  # not to be kept with the predictions
+        if evidence is None or batch.pred_label is None:
             return
-        rows = scored.pred_label.bool().nonzero()[:, 0]
-        anomaly_map = map_on_the_scale(cast("torch.Tensor", scored.anomaly_map)[rows], pl_module)
-        mask = None if scored.pred_mask is None else scored.pred_mask[rows].bool()
-        class_index = None if scored.class_index is None else scored.class_index[rows]
+        rows = batch.pred_label.bool().nonzero()[:, 0]
+        anomaly_map = map_on_the_scale(cast("torch.Tensor", batch.anomaly_map)[rows], model)
+        mask = None if batch.pred_mask is None else batch.pred_mask[rows].bool()
+        class_index = None if batch.class_index is None else batch.class_index[rows]
         names: list[DefectName | None] = [None] * len(evidence)
         if len(rows):
             named = network.name_defects(evidence[rows], region_weights(anomaly_map, mask), class_index)
             for row, name in zip(rows.tolist(), named, strict=True):
                 names[row] = name
-        scored.explanation = ["" if name is None else name.explanation for name in names]
-        self._known += _known(scored, names, network.defect_names.words)
+        batch.explanation = ["" if name is None else name.explanation for name in names]
+        self._known += _known(batch, names, network.defect_names.words)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end(self, trainer: Trainer, model: LightningModule) -> None:
         """Say how often the words were right, where the data tell."""
-        network = cast("ZeroShotNetwork", pl_module.model)
+        network = cast("ZeroShotNetwork", model.model)
         if self._known and trainer.world_size == 1:
             truth, given = zip(*self._known, strict=True)
             figures = NamingFigures.of(
                 truth, given, sorted({word for own in network.defect_names.words for word in own})
             )
             logger.info("Attribution, not diagnosis: %s.", figures)
-
-    on_predict_start, on_predict_batch_end = on_test_start, on_test_batch_end
 
 
 def _known(

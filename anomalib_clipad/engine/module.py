@@ -160,6 +160,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
+        self.forget_kept()  # else the exported file would hold them
         looks_at_data = (self.k_shot or self.automatic_size) and not self.restored
         if datamodule is not None and looks_at_data and not hasattr(datamodule, "train_data"):
             datamodule.prepare_data()

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,16 +10,19 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from anomalib_clipad.components.pretrained import not_for_use
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.data.verdict import Verdict, verdicts
+from anomalib_clipad.engine.post_processing import map_on_the_scale
 from anomalib_clipad.engine.run_folder import run_folder, skipped_images, writing
-from anomalib_clipad.engine.visualizer import map_on_the_scale
+from anomalib_clipad.engine.scored_batches import ScoredBatches
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.page import (
     Finding,
     PageImage,
-    shown_by_browsers,
+    original_for_browsers,
     with_folders,
     write_heat_layer,
     write_page,
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 MOST_IMAGES = 20_000  # on a page; a browser grows slow above, and each has a picture of ten kilobytes and a heatmap
 
 
-class PageWriter(Callback):
+class PageWriter(ScoredBatches):
     """Writes ``report.html`` beside the table of predictions, with thumbnails and heatmaps of the images.
 
     They are written batch by batch, the page at the end of the run, after Ctrl-C or an error with what there is. A run
@@ -55,33 +57,22 @@ class PageWriter(Callback):
         self._folder = Path()
         self._running = False
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Begin a page."""
-        del pl_module
+        del model
         self._images, self._scored, self._running = [], [], True
         self._folder = run_folder(trainer)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's
-        batch: Any,  # noqa: ANN401 - Lightning's
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
         """Draw the images of a batch."""
-        del batch, batch_idx, dataloader_idx
-        scored, folder = cast("ZeroShotBatch", outputs), self._folder
         room = self.most_images // trainer.world_size - len(self._images)
-        self._scored += map(str, scored.image_path or [""] * scored.batch_size)
-        with writing(folder / NAME):
-            for item, score in zip(scored.items[: max(0, room)], _scores(scored, pl_module), strict=False):
-                # Images without a file have a number of their own in every process.
-                name = item.image_path or f"image {len(self._images)} of process {trainer.global_rank}"
-                self._images.append(_drawn(item, Path(name), score, pl_module, folder))
+        said = list(verdicts(batch, model, number))
+        self._scored += [verdict.path for verdict in said]
+        with writing(self._folder / NAME):
+            for verdict, item, score in zip(said[: max(0, room)], batch.items, _scores(batch, model), strict=False):
+                self._images.append(_drawn(verdict, item, score, model, self._folder))
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end(self, trainer: Trainer, model: LightningModule) -> None:
         """Join what several processes have drawn, and write the page."""
         folder = self._folder
         with writing(folder / NAME):
@@ -94,9 +85,7 @@ class PageWriter(Callback):
                 for rank in range(1, trainer.world_size):
                     self._join(_part(folder, rank))
                 self._running = False
-                self._write(trainer, pl_module)
-
-    on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
+                self._write(trainer, model)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the page of what there is; the error itself is raised anyway."""
@@ -136,10 +125,8 @@ class PageWriter(Callback):
 
     def _notes(self, trainer: Trainer, model: LightningModule) -> Iterator[str]:
         """What a reader should know before believing the page."""
-        if model.hparams.get("backbone") == "demo":
-            yield "The demonstration backbone is not for inspection: it was trained on rendered textures only."
-        if model.hparams.get("pretrained", "") is None:
-            yield "The weights are random, so scores and heatmaps mean nothing."
+        if reason := not_for_use(model.hparams):
+            yield f"{reason.capitalize()}: scores and heatmaps say nothing about real parts."
         if (scored := len(self._scored)) > len(self._images):
             yield f"The page has {len(self._images)} of the {scored} images; {NAME} would be slow with more."
         if not self._running and (skipped := skipped_images(trainer, self._scored)):
@@ -174,30 +161,17 @@ def _scores(batch: ZeroShotBatch, model: LightningModule) -> list[float]:
     return torch.where(inside | ~beyond.isfinite(), shown, beyond).tolist()
 
 
-def _drawn(item: ZeroShotItem, path: Path, score: float, model: LightningModule, folder: Path) -> PageImage:
-    names, heat = cast("Any", model).model.class_names, None
+def _drawn(verdict: Verdict, item: ZeroShotItem, score: float, model: LightningModule, folder: Path) -> PageImage:
+    path, heat = Path(verdict.path), None
     if item.anomaly_map is not None:
         anomaly_map = map_on_the_scale(cast("torch.Tensor", item.anomaly_map), model)
         heat = write_heat_layer(anomaly_map.detach().float().cpu().squeeze().numpy(), path, folder)
-    finding = Finding(
-        score,
-        raw="" if item.raw_score is None else f"{float(item.raw_score):.6g}",
-        heat=heat,
-        p_value=None if item.p_value is None else float(item.p_value),
-        explanation=item.explanation,
-    )
+    raw = "" if item.raw_score is None else f"{float(item.raw_score):.6g}"
     return PageImage(
-        path=str(path),
-        category=names[int(item.class_index)] if item.class_index is not None else names[0],
-        truth=None if item.gt_label is None else int(item.gt_label),
-        findings={_name(model): finding},
+        path=verdict.path,
+        category=verdict.class_name or "",
+        truth=None if verdict.truth is None else int(verdict.truth),
+        findings={_name(model): Finding(score, raw, heat, verdict.p_value, verdict.explanation)},
         thumbnail=write_thumbnail(path, folder) if item.image_path else None,
-        original=_relative(path, folder) if shown_by_browsers(path) else None,
+        original=original_for_browsers(path, folder),
     )
-
-
-def _relative(path: Path, folder: Path) -> str | None:
-    try:
-        return os.path.relpath(path, folder)
-    except ValueError:  # on another drive
-        return None

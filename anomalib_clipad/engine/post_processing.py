@@ -251,3 +251,24 @@ def _summary(scores: Scores | ZeroShotBatch) -> torch.Tensor:
     largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
     text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
     return torch.stack([text, whole, largest, mean], dim=1).float()
+
+
+def map_on_the_scale(anomaly_map: torch.Tensor, model: LightningModule) -> torch.Tensor:
+    """A map in [0, 1], 0.5 at the threshold; by the model's own rule where no post-processor has brought it there.
+
+    Args:
+        anomaly_map: Of any shape, as the batch has it at the end of a step.
+        model: The one that made it.
+
+    Example:
+        >>> from anomalib_clipad import ClipAdSdp
+        >>> model = ClipAdSdp("nut", small_clip, post_processor=False)
+        >>> map_on_the_scale(torch.zeros(1), model)
+        tensor([0.5000])
+    """
+    post_processor = getattr(model, "post_processor", None)
+    shown = isinstance(post_processor, PostProcessor) and post_processor.enable_normalization
+    if shown and not isinstance(post_processor, ClipAdPostProcessor):
+        shown = not cast("PostProcessor", post_processor).pixel_min.isnan()
+    scale = getattr(model.model, "map_scale", None)
+    return anomaly_map if shown or scale is None else scale.squash(anomaly_map)

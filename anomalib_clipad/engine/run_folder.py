@@ -21,7 +21,8 @@ class RunFolder(Callback):
 
     A link ``latest`` beside them points to the newest. The first process makes the folder, all processes know it, and
     nothing is made for a run that keeps no results. The model puts this callback before all that write into the folder;
-    they ask :func:`run_folder` for it, from ``on_test_start`` and ``on_predict_start`` on.
+    they ask :func:`run_folder` for it when an epoch starts. That is behind the model's own start, so a run that cannot
+    begin leaves no folder.
 
     Example:
         >>> RunFolder().path is None
@@ -31,7 +32,7 @@ class RunFolder(Callback):
     def __init__(self) -> None:
         self.path: Path | None = None
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the folder."""
         del pl_module
         path, problem = None, None
@@ -45,7 +46,7 @@ class RunFolder(Callback):
             raise InputError(problem)
         self.path = path
 
-    on_predict_start = on_test_start
+    on_predict_epoch_start = on_test_epoch_start
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -3,13 +3,14 @@
 anomalib validates a zero-shot model before it tests it, and most of its data modules validate on the test images.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import ValSplitMode
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_clipad.components import Scores
@@ -61,7 +62,9 @@ class SinglePassMixin(_Module):
         """
         function, self.served = self.trainer.state.fn, 0
         same_images = self.single_pass and datamodule is not None and _tests_what_it_validates(datamodule)
-        depends_on = (id(datamodule), self.model.class_names, normal_key) if same_images else None
+        # A parameter's version counts its changes in place, as by an optimiser or a state dict.
+        parameters = tuple((id(one), one._version) for one in cast("nn.Module", self.model).parameters())
+        depends_on = (id(datamodule), self.model.class_names, normal_key, parameters) if same_images else None
         if function == TrainerFn.TESTING and depends_on == self._kept_for:
             return
         self.forget_kept()

@@ -8,12 +8,13 @@ from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from scipy import ndimage
 
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.data.verdict import VERDICTS, Verdict, verdicts
 from anomalib_clipad.engine.run_folder import IMAGES, run_folder, skipped_images, writing
+from anomalib_clipad.engine.scored_batches import ScoredBatches
 from anomalib_clipad.page.page import NAME as PAGE
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ COLUMNS = (
 MOST_NAMED = 5  # skipped images in the closing line
 
 
-class PredictionTable(Callback):
+class PredictionTable(ScoredBatches):
     """Writes ``predictions.csv`` into the folder of a run, and says at its end what was found.
 
     A row has the image's path and class, its score, the threshold that it is compared with, label, p-value where
@@ -53,9 +54,9 @@ class PredictionTable(Callback):
         """Where a process writes its rows."""
         return folder / (f"{NAME}.{rank}" if rank else NAME)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Begin a table."""
-        del pl_module
+        del model
         self._close()
         self._paths, self._anomalous = [], 0
         self._folder = run_folder(trainer)
@@ -65,31 +66,20 @@ class PredictionTable(Callback):
             self._file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
             csv.writer(self._file).writerow(COLUMNS)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's
-        batch: Any,  # noqa: ANN401 - Lightning's
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
         """Write the rows of a batch."""
-        del batch, dataloader_idx
         if self._file is None:
             return
-        ours, model = cast("ZeroShotBatch", outputs), cast("Any", pl_module)
-        said = verdicts(ours, model.model.class_names, model.post_processor, batch_idx)
-        rows = [_row(*pair) for pair in zip(said, ours.items, strict=True)]
+        rows = [_row(*pair) for pair in zip(verdicts(batch, model, number), batch.items, strict=True)]
         with writing(self.path(self._folder, trainer.global_rank)):
             csv.DictWriter(self._file, COLUMNS).writerows(rows)
             self._file.flush()
         self._paths += [row["path"] for row in rows]
         self._anomalous += sum(row["label"] == VERDICTS[1] for row in rows)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end(self, trainer: Trainer, model: LightningModule) -> None:
         """Join the tables of several processes, and say what was found."""
-        del pl_module
+        del model
         self._close()
         trainer.strategy.barrier("tables are written")
         if not trainer.is_global_zero:
@@ -98,8 +88,6 @@ class PredictionTable(Callback):
             for rank in range(1, trainer.world_size):
                 self._join(self.path(self._folder), self.path(self._folder, rank))
         self._say(skipped_images(trainer, self._paths))
-
-    on_predict_start, on_predict_batch_end, on_predict_end = on_test_start, on_test_batch_end, on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the rows that were written, and say so."""
@@ -110,7 +98,8 @@ class PredictionTable(Callback):
                 self._say([], " when the run ended")
 
     def _say(self, skipped: list[str], when: str = "") -> None:
-        words = f"{len(self._paths)} images, {self._anomalous} of them anomalous{when}"
+        images = "1 image" if len(self._paths) == 1 else f"{len(self._paths)} images"
+        words = f"{images}, {self._anomalous} of them anomalous{when}"
         if skipped:
             more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
             words += f"; {len(skipped)} skipped: {', '.join(skipped[:MOST_NAMED])}{more}"

@@ -2,11 +2,10 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import LightningModule, Trainer
@@ -15,8 +14,9 @@ from torchvision.transforms.v2 import Normalize
 
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.data.verdict import Verdict, verdicts
-from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+from anomalib_clipad.engine.post_processing import map_on_the_scale
 from anomalib_clipad.engine.run_folder import IMAGES, images_of, run_folder, writing
+from anomalib_clipad.engine.scored_batches import ScoredBatches
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import replacing
 from anomalib_clipad.pictures.image_file import read_picture, size_within, sized
@@ -27,7 +27,7 @@ LONGEST_SIDE = 512
 COMPRESSION = 1  # of a PNG; more takes three times as long for the same size
 
 
-class ClipAdVisualizer(Visualizer):
+class ClipAdVisualizer(ScoredBatches, Visualizer):
     """Draws each image beside its heatmap and its ground truth, under its name, score and verdict.
 
     Colours are those of :mod:`anomalib_clipad.pictures.heatmap`, the same for the same value in every picture of every
@@ -58,41 +58,24 @@ class ClipAdVisualizer(Visualizer):
         self.longest_side = longest_side
         self._names = PictureNames([])
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Choose the names of the pictures."""
-        del pl_module
+        del model
         self._names = PictureNames(list(images_of(trainer)))
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's
-        batch: Any,  # noqa: ANN401 - Lightning's
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
         """Draw the images of a batch."""
-        del batch, dataloader_idx
         folder, names = run_folder(trainer), []
-        ours = ZeroShotBatch.of(cast("ImageBatch", outputs))
-        model = cast("Any", pl_module)
-        said = verdicts(
-            ours, getattr(model.model, "class_names", ()), getattr(model, "post_processor", None), batch_idx
-        )
-        for verdict, item in zip(said, ours.items, strict=True):
-            # Images without a file have the same numbers in every process.
-            name = self._names(verdict.path if item.image_path else f"{verdict.path} of {trainer.global_rank}")
-            picture = self._draw(verdict, item, pl_module)
+        for verdict, item in zip(verdicts(batch, model, number), batch.items, strict=True):
+            name = self._names(verdict.path)
+            picture = self._draw(verdict, item, model)
             path = folder / IMAGES / name
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as draft:
                     picture.save(draft, compress_level=COMPRESSION)
             names.append(str(IMAGES / name))
-        ours.picture = names
-
-    on_predict_start, on_predict_batch_end = on_test_start, on_test_batch_end
+        batch.picture = names
 
     def _draw(self, verdict: Verdict, item: ZeroShotItem, model: LightningModule) -> Image.Image:
         post_processor = getattr(model, "post_processor", None)
@@ -120,27 +103,6 @@ class ClipAdVisualizer(Visualizer):
         levels = (255 * pixels.nan_to_num().clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
         image = Image.fromarray(levels)
         return sized(image, size_within(image.size, self.longest_side))
-
-
-def map_on_the_scale(anomaly_map: torch.Tensor, model: LightningModule) -> torch.Tensor:
-    """A map in [0, 1], 0.5 at the threshold; by the model's own rule where no post-processor has brought it there.
-
-    Args:
-        anomaly_map: Of any shape, as the batch has it at the end of a step.
-        model: The one that made it.
-
-    Example:
-        >>> from anomalib_clipad import ClipAdSdp
-        >>> model = ClipAdSdp("nut", small_clip, post_processor=False)
-        >>> map_on_the_scale(torch.zeros(1), model)
-        tensor([0.5000])
-    """
-    post_processor = getattr(model, "post_processor", None)
-    shown = isinstance(post_processor, PostProcessor) and post_processor.enable_normalization
-    if shown and not isinstance(post_processor, ClipAdPostProcessor):
-        shown = not cast("PostProcessor", post_processor).pixel_min.isnan()
-    scale = getattr(model.model, "map_scale", None)
-    return anomaly_map if shown or scale is None else scale.squash(anomaly_map)
 
 
 def _plane(values: torch.Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from anomalib_clipad.files import write_atomically
+from anomalib_clipad.files import common_folder, relative_path, write_atomically
 from anomalib_clipad.pictures.heatmap import THRESHOLD, colours
 
 NAME = "report.html"
@@ -57,7 +57,7 @@ class PageImage:
         folder: A group to filter by within the category, such as the kind of defect.
         thumbnail: Path relative to the page's folder, see :func:`anomalib_clipad.page.write_thumbnail`.
         original: Path of the image relative to the page's folder, if a browser can show it enlarged, see
-            :func:`anomalib_clipad.page.shown_by_browsers`.
+            :func:`anomalib_clipad.page.original_for_browsers`.
 
     Example:
         >>> PageImage("photos/a.png", "bottle", None, {"SDP": Finding(0.2)}).folder
@@ -131,22 +131,16 @@ def with_folders(images: Sequence[PageImage]) -> list[PageImage]:
         >>> [image.folder for image in with_folders(images)]
         ['good', 'crack']
     """
-    parents = [str(Path(image.path).absolute().parent) for image in images]
+    files = [str(Path(image.path).absolute()) for image in images]
     of_category: dict[str, list[str]] = {}
-    for image, parent in zip(images, parents, strict=True):
-        of_category.setdefault(image.category, []).append(parent)
-    common = {category: _common(paths) for category, paths in of_category.items()}
-    return [
-        replace(image, folder=parent[len(common[image.category]) :].strip(os.sep).replace(os.sep, "/"))
-        for image, parent in zip(images, parents, strict=True)
-    ]
-
-
-def _common(folders: Sequence[str]) -> str:
-    try:
-        return os.path.commonpath(folders)
-    except ValueError:  # several drives
-        return ""
+    for image, file in zip(images, files, strict=True):
+        of_category.setdefault(image.category, []).append(file)
+    common = {category: common_folder(paths) or "" for category, paths in of_category.items()}
+    placed = []
+    for image, file in zip(images, files, strict=True):
+        folder = relative_path(Path(file).parent, common[image.category])
+        placed.append(replace(image, folder="" if folder in (None, ".") else folder))
+    return placed
 
 
 def _data(images: Sequence[PageImage], threshold: float) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from anomalib_clipad.data.readable import DEEP, deep_pixels, is_rotated
-from anomalib_clipad.files import replacing
+from anomalib_clipad.data.readable import DEEP, is_rotated
+from anomalib_clipad.files import relative_path, replacing
 from anomalib_clipad.pictures.heatmap import heat_layer
+from anomalib_clipad.pictures.image_file import read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def write_thumbnail(image: Path, folder: Path) -> str | None:
     try:
         if path.exists() and path.stat().st_mtime > image.stat().st_mtime:
             return name
-        small = _small(image)
+        small = read_picture(image, LONGER_SIDE, enlarge=False)
     except Exception as error:  # noqa: BLE001 - whatever a file's bytes make a decoder raise
         logger.warning("No thumbnail of %s, which cannot be read any more (%s).", image, error)
         return None
@@ -81,30 +82,21 @@ def write_heat_layer(anomaly_map: np.ndarray, image: Path, folder: Path) -> str:
     return name
 
 
-def shown_by_browsers(image: Path) -> bool:
-    """Whether browsers show a file as the models see it: not if it is of another format, deep, or stored rotated.
+def original_for_browsers(image: Path, folder: Path) -> str | None:
+    """Path of an image from a page's folder, if browsers show its file as the models see it.
+
+    They do not if it is of another format, deep, or stored rotated, or on another drive than the page.
 
     Example:
-        >>> shown_by_browsers(image_folder / "a.png"), shown_by_browsers(image_folder / "missing.png")
-        (True, False)
+        >>> original_for_browsers(image_folder / "a.png", image_folder), original_for_browsers(Path("x.png"), Path())
+        ('a.png', None)
     """
     try:
         with Image.open(image) as opened:  # only the header is read
             usual = opened.format in BROWSER_FORMATS and opened.mode not in DEEP
-            return usual and not is_rotated(opened, image)
+            return relative_path(image, folder) if usual and not is_rotated(opened, image) else None
     except OSError:
-        return False
-
-
-def _small(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        if image.mode in DEEP:
-            small = Image.fromarray((255 * np.nan_to_num(deep_pixels(image))).round().astype(np.uint8))
-        else:
-            image.draft("RGB", (2 * LONGER_SIDE, 2 * LONGER_SIDE))  # a JPEG is decoded at a fraction of its size
-            small = image.convert("RGB")
-    small.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.BICUBIC, reducing_gap=1.0)  # five times as fast
-    return small
+        return None
 
 
 def _digest(path: Path) -> str:

@@ -10,12 +10,13 @@ from anomalib_clipad.data.readable import DEEP, deep_pixels
 SMALLEST = 320  # pixels of the longest side, to about which smaller pictures are enlarged
 
 
-def read_picture(path: Path, longest_side: int) -> Image.Image:
+def read_picture(path: Path, longest_side: int, enlarge: bool = True) -> Image.Image:
     """An image file as the model sees it, of a size to look at.
 
     Args:
         path: Of any kind that can be read. Orientation in EXIF is ignored, and 16 bits are scaled, as for the model.
-        longest_side: Larger images are made smaller. Small ones are enlarged by a whole number, without smoothing.
+        longest_side: Larger images are made smaller.
+        enlarge: Whether small ones are enlarged, by a whole number and without smoothing.
 
     Returns:
         A picture of mode ``RGB`` in the image's own shape.
@@ -29,7 +30,7 @@ def read_picture(path: Path, longest_side: int) -> Image.Image:
         (640, 6)
     """
     with Image.open(path) as image:
-        width, height = size_within(image.size, longest_side)
+        width, height = size_within(image.size, longest_side, enlarge)
         image.draft(None, (width, height))  # a JPEG is decoded at a fraction of its size
         if image.mode in DEEP:
             pixels = np.nan_to_num(deep_pixels(image))
@@ -37,18 +38,21 @@ def read_picture(path: Path, longest_side: int) -> Image.Image:
         return sized(image.convert("RGB"), (width, height))
 
 
-def size_within(size: tuple[int, int], longest_side: int) -> tuple[int, int]:
+def size_within(size: tuple[int, int], longest_side: int, enlarge: bool = True) -> tuple[int, int]:
     """Width and height of a picture of an image.
 
     Args:
         size: The image's.
         longest_side: The picture's at most.
+        enlarge: Whether the picture of a small image is larger than it.
 
     Example:
         >>> size_within((1270, 500), 640), size_within((32, 16), 640)
         ((640, 252), (320, 160))
     """
     longest = max(size)
+    if longest <= longest_side and not enlarge:
+        return size
     factor = longest_side / longest if longest > longest_side else max(1, round(SMALLEST / longest))
     if factor * longest > longest_side:
         factor = longest_side // longest or longest_side / longest

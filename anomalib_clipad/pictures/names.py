@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from anomalib_clipad.files import common_folder, relative_path
+
 LONGEST = 100  # bytes of a part of a path; a file system takes 255, and drafts have longer names
 FORBIDDEN = '<>:"|?*\\'  # by the one file system or the other
 
@@ -24,7 +26,7 @@ class PictureNames:
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.folder = _common(paths)
+        self.folder = common_folder(paths)
         # The ending goes where no two images differ in it alone.
         self.by_stem = len({os.path.splitext(path)[0] for path in set(paths)}) == len(set(paths))  # noqa: PTH122
         self.known = frozenset(paths if self.folder else ())
@@ -45,14 +47,8 @@ class PictureNames:
             >>> PictureNames(["line/a/1.png", "line/b/1.png"]).below("line/a/1.png")
             'a/1.png'
         """
-        return Path(os.path.relpath(path, self.folder)).as_posix() if path in self.known else Path(path).name
-
-
-def _common(paths: Sequence[str]) -> str | None:
-    try:
-        return os.path.commonpath([os.path.dirname(path) for path in paths]) or "."  # noqa: PTH120 - paths stay texts
-    except ValueError:  # none, several drives, or relative and absolute ones
-        return None
+        inside = relative_path(path, self.folder) if self.folder and path in self.known else None
+        return inside or Path(path).name
 
 
 def _part(name: str) -> str:

@@ -1,0 +1,74 @@
+"""The scale of a comparison: 0.5 is the threshold of every model that has one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.post_processing import PostProcessor
+
+from anomalib_clipad.compare import CompareJobGenerator
+from anomalib_clipad.compare.job_files import Kept
+from anomalib_clipad.compare.runners import SerialCompareRunner
+from anomalib_clipad.compare.scale import choose_scales
+from anomalib_clipad.components.scores import MapScale, Prediction
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+
+from .conftest import LAYOUT
+
+SIDE = 32  # of the small CLIP's maps, so that nothing is resized
+
+
+def configuration(category: Path, output: Path, small_clip: str) -> dict:
+    """SDP with a threshold of its own, and without a post-processor that would know one."""
+    arguments = {"backbone": small_clip, "class_name": "widget"}
+    data = {"name": "widget", "root": str(category), **LAYOUT, "num_workers": 0, "val_split_mode": "same_as_test"}
+    return {
+        "models": [
+            {"class_path": "ClipAdSdp", "name": "SDP", "init_args": arguments},
+            {"class_path": "ClipAdSdp", "name": "raw", "init_args": {**arguments, "post_processor": False}},
+        ],
+        "data": {"class_path": "Folder", "init_args": data},
+        "map_size": SIDE,
+        "output": str(output),
+    }
+
+
+def run(config: dict) -> list[dict]:
+    return SerialCompareRunner(CompareJobGenerator("cpu")).run(config)
+
+
+def kept_of(output: Path, row: dict) -> Kept:
+    found = Kept.read(output / "jobs" / f"{row['key']}.json")
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("sensitivity", [0.5, 0.8, 0.3])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("kind", [PostProcessor, ClipAdPostProcessor])
+def test_scores_and_maps_are_shown_where_the_post_processor_shows_them(
+    kind: type[PostProcessor], known: bool, sensitivity: float
+) -> None:
+    """With the default sensitivity all values agree, with any the verdicts do."""
+    arguments = {"image_sensitivity": sensitivity, "pixel_sensitivity": sensitivity}
+    ours = kind is ClipAdPostProcessor
+    processor = kind(MapScale(0.3, 5.0), **arguments) if ours else kind(**arguments)
+    if known:
+        for level, values in {"image": (2.0, -1.0, 7.0), "pixel": (0.4, 0.0, 0.9)}.items():
+            for name, value in zip((f"_{level}_threshold", f"{level}_min", f"{level}_max"), values, strict=True):
+                getattr(processor, name).fill_(value)
+    scores, maps = torch.linspace(-3, 9, 41), torch.linspace(-0.53, 1.49, 41 * 9).reshape(41, 3, 3)
+    if not (known or ours):
+        assert not choose_scales(processor, scores.tolist(), [(0, 1)] * 41, [None] * 41).score.known
+        return
+    raw = Prediction(scores, maps, scores, scores) if ours else InferenceBatch(scores, None, maps, None)
+    expected, scales = processor(raw), choose_scales(processor, scores.tolist(), [(0, 1)] * 41, [None] * 41)
+    shown_score, shown_map = scales.score.shown(scores.numpy()), scales.map.shown(maps.numpy())
+    np.testing.assert_array_equal(shown_score > 0.5, expected.pred_label.numpy())
+    np.testing.assert_array_equal(shown_map > 0.5, expected.pred_mask.numpy())
+    if sensitivity == 0.5:
+        np.testing.assert_allclose(shown_score.clip(0, 1), expected.pred_score.numpy(), atol=1e-6)
+        np.testing.assert_allclose(shown_map.clip(0, 1), expected.anomaly_map.numpy(), atol=1e-6)
+    assert (np.diff(shown_score) > 0).all(), "not clamped, so the order stays"
