@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypeGuard, cast
 
 import numpy as np
 import torch
@@ -191,14 +191,14 @@ def _read(path: str | Path) -> np.ndarray:
 
 
 def _boxes(region: object) -> list[tuple[float, ...]]:
-    given = list(region) if isinstance(region, list | tuple) else [region]
+    given = list(region) if _is_list(region) else [region]
     given = [given] if given and all(_is_number(side) for side in given) else given
     if not given:
         msg = f"region is an empty list, which leaves nothing of the pictures; give boxes {BOX}, or no region."
         raise InputError(msg)
     boxes: list[tuple[float, ...]] = []
     for box in given:
-        if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_number(side) for side in box):
+        if not _is_list(box) or len(box) != 4 or not all(_is_number(side) for side in box):
             msg = f"A box of region must be {BOX} in fractions of width and height, got {box!r}."
             raise InputError(msg)
         left, top, right, bottom = (float(side) for side in cast("Sequence[float]", box))
@@ -214,3 +214,7 @@ def _boxes(region: object) -> list[tuple[float, ...]]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)  # configurations bring lists of their own
