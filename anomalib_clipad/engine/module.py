@@ -29,6 +29,7 @@ from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_images import NormalImagesMixin
+from anomalib_clipad.engine.original_size import OriginalMaps, OriginalSizeMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
@@ -36,6 +37,7 @@ from anomalib_clipad.engine.region import RegionMixin
 from anomalib_clipad.engine.run_folder import RunFolder, check_root
 from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
+from anomalib_clipad.engine.threshold_messages import warn_of_not_finite
 from anomalib_clipad.engine.visualizer import ClipAdVisualizer
 
 if TYPE_CHECKING:
@@ -49,7 +51,14 @@ FALLBACK_CLASS = "object"
 
 
 class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument
-    AutomaticSizeMixin, RegionMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module
+    AutomaticSizeMixin,
+    RegionMixin,
+    OriginalSizeMixin,
+    SinglePassMixin,
+    NormalImagesMixin,
+    CheckpointMixin,
+    WholeExportMixin,
+    _Module,
 ):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
@@ -138,10 +147,11 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             1 + max((i for i, one in enumerate(callbacks) if one is self.post_processor), default=-1), DefectNaming()
         )
         # The table comes last: it names the pictures, and says at the end where everything is.
-        callbacks += [writer for writer in (self.page, self.table) if writer is not None]
+        callbacks += [writer for writer in (self.page, self.table, self.original_maps) if writer is not None]
         if any(isinstance(callback, SaveConfigCallback) for callback in cast("Any", self.trainer).callbacks):
             check_root(self.trainer)
-        if any(isinstance(callback, PredictionTable | PageWriter | ClipAdVisualizer) for callback in callbacks):
+        writers = PredictionTable | PageWriter | ClipAdVisualizer | OriginalMaps
+        if any(isinstance(callback, writers) for callback in callbacks):
             callbacks.insert(0, RunFolder())
         return [RunGuard(callbacks), *callbacks]
 
@@ -166,6 +176,7 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
+        self.check_exportable()
         self.forget_kept()  # else the exported file would hold them
         looks_at_data = (self.k_shot or self.automatic_size) and not self.restored
         if datamodule is not None and looks_at_data and not hasattr(datamodule, "train_data"):
@@ -278,14 +289,6 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         """See :func:`warn_of_not_finite`."""
         del batch, batch_idx, dataloader_idx
         warn_of_not_finite(cast("ZeroShotBatch", outputs))
-
-
-def warn_of_not_finite(batch: ZeroShotBatch) -> None:
-    """Name images that could not be scored; when a batch is done, since a device has to be waited for to know."""
-    if batch.text_score is not None and not batch.text_score.isfinite().all():
-        bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
-        names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
-        logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
 
 
 def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What a user is to know of the thresholds of a run."""
+"""What a user is to know of the scores and thresholds of a run."""
 
 import logging
 import math
@@ -9,6 +9,7 @@ import torch
 from anomalib.data import Batch
 
 from anomalib_clipad.components.conformal import ConformalThreshold
+from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.metrics import AUROC, IMAGE_FIELDS
 
 logger = logging.getLogger(__name__)
@@ -74,3 +75,11 @@ def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: fl
     elif (scores > threshold).all() or (scores <= threshold).all():
         found = "anomalous" if (scores > threshold).all() else "normal"
         logger.warning("At the threshold of the best F1 all validation images are %s; %s.", found, ADVICE)
+
+
+def warn_of_not_finite(batch: ZeroShotBatch) -> None:
+    """Name images that could not be scored; when a batch is done, since a device has to be waited for to know."""
+    if batch.text_score is not None and not batch.text_score.isfinite().all():
+        bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
+        names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
+        logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
