@@ -107,8 +107,8 @@ class ZeroShotBatch(ImageBatch):
         """
         alike = len({one.shape for one in maps}) == 1
         present = [one for one in masks if one is not None]
-        self.anomaly_map = torch.stack(maps) if alike else None
-        self.pred_mask = torch.stack(present) if alike and len(present) == len(maps) else None
+        self.anomaly_map = _stacked(maps) if alike else None
+        self.pred_mask = _stacked(present) if alike and len(present) == len(maps) else None
         if not alike:
             self.own_maps, self.own_masks = maps, masks
 
@@ -120,6 +120,10 @@ class ZeroShotBatch(ImageBatch):
 def _shared(of: ImageItem | ImageBatch) -> dict[str, Any]:
     """What anomalib's own class has a field for."""
     return {field.name: getattr(of, field.name) for field in fields(ImageItem)}
+
+
+def _stacked(values: list[torch.Tensor]) -> torch.Tensor:
+    return values[0][None] if len(values) == 1 else torch.stack(values)  # large ones are not copied
 
 
 def _row(value: torch.Tensor | list[Any] | DualPathFeatures | None, row: int) -> Any:  # noqa: ANN401 - of the field's type
