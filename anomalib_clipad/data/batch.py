@@ -28,6 +28,7 @@ class ZeroShotItem(ImageItem):
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    class_name: str | None = None
     picture: str | None = None
 
     @classmethod
@@ -45,7 +46,7 @@ class ZeroShotBatch(ImageBatch):
     """anomalib's batch, with the fields that a zero-shot model reads and writes.
 
     Args:
-        class_index: (B,) index of every image's category; the first category for all where there is none.
+        class_index: (B,) index of every image's class; the first class for all where there is none.
         index: (B,) number of every image in its data set.
         features: Taps that were computed before and take the place of the images, see :class:`DualPathFeatures`.
         text_score: (B,) score of the class token.
@@ -54,6 +55,7 @@ class ZeroShotBatch(ImageBatch):
         raw_map: (B, H, W) map before the post-processor clamps it, for the metrics.
         p_value: (B,) share of normal images that score as high, where scores of normal images are known.
         defect_evidence: (B, V, N, words) from which a name is made when the region is known, see :class:`DefectNames`.
+        class_name: Name of every image's class, as the model has taken it.
         picture: File of each image's picture, relative to the folder of the run.
 
     Example:
@@ -73,6 +75,7 @@ class ZeroShotBatch(ImageBatch):
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    class_name: list[str] | None = None
     picture: list[str] | None = None
 
     @classmethod

@@ -158,6 +158,10 @@ class NormalImagesMixin(_Module):
         """
         post_processor = self.post_processor if isinstance(self.post_processor, ClipAdPostProcessor) else None
         rate = post_processor.false_alarm_rate if post_processor is not None else None
+        several = len(self.model.class_names) > 1
+        if several and not self.restored and (self._wants_references or rate is not None):
+            msg = "References and false_alarm_rate serve one class; give class_name one name, or leave them out."
+            raise InputError(msg)
         if self.restored:
             if self._wants_references and not self.model.references.fitted:
                 msg = "The checkpoint holds no references; leave the checkpoint, or k_shot and few_shot_source, out."

@@ -1,5 +1,6 @@
 """A few normal images that a network compares all further ones with, too."""
 
+import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -11,6 +12,7 @@ from anomalib_clipad.components import (
     DualPathFeatures,
     ReferenceBank,
     ReferenceFusion,
+    ScoreFusion,
     Scores,
     Tiling,
 )
@@ -29,6 +31,7 @@ class FewShotNetwork(ClassTextFeatures):
     grid: tuple[int, int]
     references: ReferenceBank
     tile_references: ReferenceBank
+    fusion: ScoreFusion
     reference_fusion: ReferenceFusion
 
     @staticmethod
@@ -54,6 +57,30 @@ class FewShotNetwork(ClassTextFeatures):
     def joined_scores(self, joined: ViewScores) -> Scores:
         """One map and two scores; for the subclass to fill."""
         raise NotImplementedError
+
+    def fuse(
+        self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One score an image from two, (B,) each; ``class_index`` is the images', the first class by default."""
+        if self.references.fitted:
+            return self.reference_fusion.fuse_scores(text_score, map_score, class_index)
+        return self.fusion(text_score, map_score, class_index)
+
+    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor, number: int | None = None) -> None:
+        """Take the ranges of both scores from labelled validation images; with references they are not needed.
+
+        Args:
+            text_score: (N,), of the images.
+            map_score: (N,), likewise.
+            number: Index of their class; the ranges become every class's by default.
+        """
+        if not self.references.fitted:
+            self.fusion.fit(text_score, map_score, number)
+
+    @property
+    def score_limits(self) -> tuple[float, float]:
+        """Between what an image's score lies, as a rule: with references it counts units above a normal image."""
+        return (0.0, math.inf) if self.references.fitted else (0.0, 1.0)
 
     @torch.no_grad()
     def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:

@@ -156,10 +156,11 @@ class ClipAdSdpModel(FewShotNetwork):
     def forget_images(self) -> None:
         """Have no score ranges and no references."""
         super().forget_images()
-        self.fusion.reset()
+        classes = max(1, len(self.class_names))
+        self.fusion.reset(classes)
         self.references.reset()
         self.tile_references.reset()
-        self.reference_fusion.reset()
+        self.reference_fusion.reset(classes)
 
     def train(self, mode: bool = True) -> "ClipAdSdpModel":
         """Set the training mode; CLIP is frozen and stays in eval mode."""
@@ -173,7 +174,8 @@ class ClipAdSdpModel(FewShotNetwork):
         Args:
             images: (B, 3, H, W) of the model's image size, normalised as CLIP expects. An image that is not finite
                 scores NaN; the others are not touched.
-            class_index: (B,) index into ``class_names``; the first class for all by default.
+            class_index: (B,) index into ``class_names``; by default the first class for all, or what each shows where
+                :meth:`set_classes` was told to choose.
 
         Returns:
             The map, its two scores, and both as one, see :class:`anomalib_clipad.components.ScoreFusion`, or with
@@ -186,30 +188,15 @@ class ClipAdSdpModel(FewShotNetwork):
 
     def predictions(self, scores: Scores) -> Prediction:
         """The two scores of an image as one."""
-        fused = self.fuse(scores.text_score, scores.map_score)
-        return Prediction(fused, scores.anomaly_map, scores.text_score, scores.map_score)
-
-    def fuse(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
-        """One score an image from two, (B,) each."""
-        if self.references.fitted:
-            return self.reference_fusion.fuse_scores(text_score, map_score)
-        return self.fusion(text_score, map_score)
-
-    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor) -> None:
-        """Take the ranges of both scores from labelled validation images; with references they are not needed."""
-        if not self.references.fitted:
-            self.fusion.fit(text_score, map_score)
-
-    @property
-    def score_limits(self) -> tuple[float, float]:
-        """Between what an image's score lies, as a rule: with references it counts units above a normal image."""
-        return (0.0, math.inf) if self.references.fitted else (0.0, 1.0)
+        anomaly_map, text_score, map_score, _, class_index = scores
+        fused = self.fuse(text_score, map_score, class_index)
+        return Prediction(fused, anomaly_map, text_score, map_score, class_index)
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of images, see :meth:`forward` and :meth:`Tiling.join`."""
         self.check_size(images, self.image_size)
         whole = self._look(self.tiling.whole(images), self.references, class_index)
-        tiles = self._look_at_tiles(images, class_index) if len(self.tiling) else None
+        tiles = self._look_at_tiles(images, whole.class_index) if len(self.tiling) else None
         with torch.autocast(self.text_features.device.type, enabled=False):
             return self.joined_scores(self.tiling.join(whole, tiles))
 
@@ -223,8 +210,9 @@ class ClipAdSdpModel(FewShotNetwork):
 
     def _look(self, views: torch.Tensor, bank: ReferenceBank, class_index: torch.Tensor | None) -> ViewScores:
         """Run the tower, and compare what it gives with text vectors and references."""
-        if not bank.fitted or self.needs_original:
-            return self.compare(self.taps(views, self.needs_original), class_index, bank)
+        # Where the class is to be chosen, it is known behind the last tap.
+        if not bank.fitted or self.needs_original or (class_index is None and self.class_choice.ready):
+            return self.compare(self.taps(views, self.needs_original or bank.fitted), class_index, bank)
         # One tap of the original path after the other: all of them at once would be the peak of the memory.
         surgery, distances = [], []
         with torch.no_grad():
@@ -257,26 +245,28 @@ class ClipAdSdpModel(FewShotNetwork):
         bank: ReferenceBank | None = None,
     ) -> ViewScores:
         """Compare taps with the text vectors, and with references where there is a bank of them."""
-        surgery, text_features = features.surgery, self.select_text_features(class_index)
+        surgery = features.surgery
+        class_index = self.index_of(surgery, class_index)
+        text_features = self.select_text_features(class_index)
         if class_index is not None and len(class_index) != len(surgery[-1]):
             msg = f"class_index must name a class for each of {len(surgery[-1])} images, got {len(class_index)}."
             raise InputError(msg)
         with torch.autocast(text_features.device.type, enabled=False):
             text_map = self.map_before_smoothing(features, text_features)
             score, evidence = text_score(surgery[-1], text_features), self.defect_names.evidence(surgery)
-            seen = ViewScores(text_map, score, defect_evidence=evidence)
+            seen = ViewScores(text_map, score, defect_evidence=evidence, class_index=class_index)
             if bank is None or not bank.fitted:
                 return seen
             return seen._replace(reference_map=self.enlarge_patches(bank(features.original)))
 
     def joined_scores(self, joined: ViewScores) -> Scores:
         """What was found in whole pictures and tiles, and joined, as one map and two scores."""
-        text_map, text, reference_map, evidence = joined
+        text_map, text, reference_map, evidence, class_index = joined
         if reference_map is None:
-            return Scores(text_map, text, text_map.amax(dim=(-2, -1)), evidence)
-        anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map)
+            return Scores(text_map, text, text_map.amax(dim=(-2, -1)), evidence, class_index)
+        anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map, class_index)
         map_score = self.reference_fusion.map_score(anomaly_map, math.prod(self.view_size))
-        return Scores(anomaly_map, text, map_score, evidence)
+        return Scores(anomaly_map, text, map_score, evidence, class_index)
 
     def name_defects(
         self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
