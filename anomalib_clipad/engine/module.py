@@ -28,7 +28,7 @@ from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.engine.normal_images import NormalImagesMixin
+from anomalib_clipad.engine.normal_classes import NormalClassesMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
@@ -47,7 +47,9 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
+class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument
+    AutomaticSizeMixin, SinglePassMixin, NormalClassesMixin, CheckpointMixin, WholeExportMixin, _Module
+):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
     class_name: str | Sequence[str] | Mapping[str, str] | None

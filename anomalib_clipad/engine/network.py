@@ -1,6 +1,6 @@
 """What the engine side needs of a network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -92,6 +92,14 @@ class ZeroShotNetwork(Protocol):
 
     def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
         """Compare all further images with these, and score these, each compared with the others."""
+
+    def set_references_of_classes(
+        self, images: Sequence[Iterable[torch.Tensor]], augment: bool = False, few: Collection[int] = ()
+    ) -> list[Scores]:
+        """Likewise, class by class; those with too few of their own take all of them."""
+
+    def classes_of(self, images: torch.Tensor) -> torch.Tensor:
+        """The class that each image shows."""
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """Map and scores of images."""

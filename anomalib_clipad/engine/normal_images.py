@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -84,11 +85,21 @@ class NormalImages:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The images that can be read, (3, H, W) each; the others are named in the log."""
+        return (image for _, image in self.named())
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Likewise, with their paths."""
         readable = ReadableDataset(_Files(self.paths))
-        for index in range(len(self.paths)):
+        for index, path in enumerate(self.paths):
             item = readable[index]
             if item is not None:
-                yield self.transform(cast("torch.Tensor", item.image))
+                yield path, self.transform(cast("torch.Tensor", item.image))
+
+    def some(self, paths: Sequence[str]) -> "NormalImages":
+        """Some of them, in this order."""
+        chosen = copy(self)
+        chosen.paths = tuple(paths)
+        return chosen
 
 
 class _Files(Dataset):
@@ -158,10 +169,6 @@ class NormalImagesMixin(_Module):
         """
         post_processor = self.post_processor if isinstance(self.post_processor, ClipAdPostProcessor) else None
         rate = post_processor.false_alarm_rate if post_processor is not None else None
-        several = len(self.model.class_names) > 1
-        if several and not self.restored and (self._wants_references or rate is not None):
-            msg = "References and false_alarm_rate serve one class; give class_name one name, or leave them out."
-            raise InputError(msg)
         if self.restored:
             if self._wants_references and not self.model.references.fitted:
                 msg = "The checkpoint holds no references; leave the checkpoint, or k_shot and few_shot_source, out."

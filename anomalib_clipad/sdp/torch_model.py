@@ -218,7 +218,7 @@ class ClipAdSdpModel(FewShotNetwork):
         with torch.no_grad():
             for tap, (tokens, original) in enumerate(self.visual.walk(views)):
                 surgery.append(tokens)
-                distances.append(bank.distance(tap, original))
+                distances.append(bank.distance(tap, original, class_index))
         seen = self.compare(DualPathFeatures([], surgery), class_index)
         return seen._replace(reference_map=self.enlarge_patches(torch.stack(distances).mean(dim=0)))
 
@@ -257,7 +257,7 @@ class ClipAdSdpModel(FewShotNetwork):
             seen = ViewScores(text_map, score, defect_evidence=evidence, class_index=class_index)
             if bank is None or not bank.fitted:
                 return seen
-            return seen._replace(reference_map=self.enlarge_patches(bank(features.original)))
+            return seen._replace(reference_map=self.enlarge_patches(bank(features.original, class_index)))
 
     def joined_scores(self, joined: ViewScores) -> Scores:
         """What was found in whole pictures and tiles, and joined, as one map and two scores."""
