@@ -273,6 +273,9 @@ def category_of(data: Mapping[str, Any] | None, images: str | None) -> str:
 def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> AnomalibModule:
     """The model without measurements and pictures of its own."""
     model: Any = get_model(dict(config))
+    if not isinstance(getattr(model, "class_name", None), str | None):
+        msg = "A comparison shows each model on one scale, so class_name must be one name there; compare by category."
+        raise InputError(msg)
     model.evaluator = model.visualizer = model.table = model.page = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.

@@ -91,4 +91,6 @@ def rows_of(values: torch.Tensor, class_index: torch.Tensor | None, dims: int = 
     if class_index is None:
         return values[0]
     rows = values[class_index]
-    return rows.reshape(len(rows), *(1 for _ in range(dims)), *rows.shape[1:])
+    for _ in range(dims):
+        rows = rows.unsqueeze(1)
+    return rows

@@ -191,7 +191,7 @@ class ReferenceBank(Float32Buffers):
             bank = self.bank[:, tap : tap + 1]
             if class_index is None or not len(self.counts):
                 return self._distance(kinds, bank)
-            of_classes = bank.split(self.counts.tolist(), dim=2)
+            of_classes = bank.split(self._sizes, dim=2)
             if torch.compiler.is_compiling():  # an exported file compares with all classes, and takes its own
                 of_all = torch.stack([self._distance(kinds, own) for own in of_classes])  # (classes, B, N)
                 return of_all.gather(0, class_index[None, :, None].expand(1, *of_all.shape[1:]))[0]
@@ -226,6 +226,7 @@ class ReferenceBank(Float32Buffers):
             images = patches.reshape(-1, self.grid[0] * self.grid[1], width)
             means = neighbourhood_means(images, self.grid).reshape(taps, -1, width)
         self.bank = torch.stack([patches, means])
+        self._sizes = self.counts.tolist()  # known while exporting, where values of tensors are not
 
     def _coreset(self) -> torch.Tensor:
         """Numbers of the patches to keep, which are spread over all there are; the same ones each time."""

@@ -233,9 +233,11 @@ class CheckpointMixin(_Module):
             if not isinstance(component, Callback) or not isinstance(component, nn.Module):
                 continue
             found, own = states.get(component.state_key, {}), component.state_dict()
-            for name in getattr(component, "growing", ()):  # of any length, and absent from earlier versions
-                own.pop(name)
-                found = {key: value for key, value in found.items() if key != name}
+            for path, module in component.named_modules():
+                for name in getattr(module, "growing", ()):  # of any length, and absent from earlier versions
+                    key = f"{path}.{name}" if path else name
+                    own.pop(key)
+                    found = {other: value for other, value in found.items() if other != key}
             if problem := difference(found, own, component.state_key):
                 raise damaged(problem)
             if found and set(found) != set(own):

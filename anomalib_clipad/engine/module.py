@@ -32,6 +32,7 @@ from anomalib_clipad.engine.normal_classes import NormalClassesMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.engine.product_batch import with_class
 from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
 from anomalib_clipad.engine.run_folder import RunFolder, check_root, images_of
 from anomalib_clipad.engine.scored_batches import warn_of_not_finite
@@ -182,7 +183,6 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         return Products(self.class_name)
 
     def _names(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
-        """The argument's classes, else the data's."""
         return self.products.names or class_of(datamodule)
 
     def classes_at_hand(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
@@ -238,12 +238,16 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         return self.post_processor if isinstance(self.post_processor, nn.Module) else nn.Identity()
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
-        """Score images as they are: (B, 3, height, width) in [0, 1], see :meth:`choose_class` for the class."""
+        """Score images as they are: (B, 3, height, width) in [0, 1], see :func:`with_class` for several classes."""
+        del args, kwargs
         if not self.model.class_names:
             if not self._sizes:
                 self.find_size(None, (batch.shape[-2], batch.shape[-1]))
             self.choose_class(*self.products.names)
-        return super().forward(batch, *args, **kwargs)
+        network = cast("nn.Module", self.model)
+        prediction = network(self.pre_processor(batch) if self.pre_processor else batch)
+        processed = self.post_processor(prediction) if self.post_processor else prediction
+        return with_class(processed, prediction.class_index, self.model.class_names, self._tells)
 
     def val_dataloader(self) -> list:
         """No data: lets anomalib predict and benchmark without a datamodule; a datamodule's own comes first."""
@@ -280,14 +284,14 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         return self.model.scores(cast("torch.Tensor", batch.image), batch.class_index)
 
     def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - Lightning's
-        """Say what was found out, see :meth:`_tell`."""
+        """Name classes, and images that could not be scored."""
         del batch, batch_idx, dataloader_idx
         self._tell(cast("ZeroShotBatch", outputs))
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end
 
     def _tell(self, batch: ZeroShotBatch) -> None:
-        """Name classes, and what could not be scored; when a batch is done, since a device has to be waited for."""
+        # When a batch is done, since a device has to be waited for.
         numbers = [0] * batch.batch_size if batch.class_index is None else batch.class_index.tolist()
         batch.class_name = [self.model.class_names[number] for number in numbers]
         warn_of_not_finite(batch)

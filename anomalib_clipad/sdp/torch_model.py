@@ -203,7 +203,9 @@ class ClipAdSdpModel(FewShotNetwork):
     def _look_at_tiles(self, images: torch.Tensor, class_index: torch.Tensor | None) -> ViewScores:
         indices: Iterable[torch.Tensor | None] = repeat(None)
         if class_index is not None:
-            indices = class_index.repeat_interleave(len(self.tiling)).split(self.tile_batch_size)
+            of_tiles = class_index.repeat_interleave(len(self.tiling))
+            # An exported model takes all tiles at once.
+            indices = [of_tiles] if torch.compiler.is_compiling() else of_tiles.split(self.tile_batch_size)
         views = self.tiling.tiles(images, self.tile_batch_size)
         pairs = zip(views, indices, strict=False)
         return ViewScores.cat([self._look(view, self.tile_references, index) for view, index in pairs])
@@ -248,7 +250,7 @@ class ClipAdSdpModel(FewShotNetwork):
         surgery = features.surgery
         class_index = self.index_of(surgery, class_index)
         text_features = self.select_text_features(class_index)
-        if class_index is not None and len(class_index) != len(surgery[-1]):
+        if class_index is not None and class_index.shape[0] != surgery[-1].shape[0]:
             msg = f"class_index must name a class for each of {len(surgery[-1])} images, got {len(class_index)}."
             raise InputError(msg)
         with torch.autocast(text_features.device.type, enabled=False):
