@@ -204,25 +204,38 @@ class DefectBaseline(Float32Buffers):
         for name in self.growing:  # (words,), empty without normal images
             self.register_buffer(name, torch.empty(0))
 
-    def fit(self, evidence: torch.Tensor) -> None:
-        """Measure normal images: (k, V, N, words)."""
-        everywhere = evidence.new_ones(evidence.shape[:-1])
+    def fit(self, evidence: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Measure normal images.
+
+        Args:
+            evidence: (k, V, N, words).
+            weights: (V, N), 0 for patches that do not count; by default all do.
+        """
+        ones = evidence.new_ones(evidence.shape[:-1])
+        everywhere = ones if weights is None else ones * weights
         mean = region_means(evidence, everywhere).mean(dim=0)
         variance = region_means((evidence - mean).square(), everywhere).mean(dim=0)
         self.mean, self.std = mean, variance.sqrt().clamp(min=1e-6)
 
-    def fit_classes(self, evidence: torch.Tensor, class_index: torch.Tensor, words: Sequence[Sequence[str]]) -> None:
+    def fit_classes(
+        self,
+        evidence: torch.Tensor,
+        class_index: torch.Tensor,
+        words: Sequence[Sequence[str]],
+        weights: torch.Tensor | None = None,
+    ) -> None:
         """Measure each class's words on its own normal images, or on all where it has none.
 
         Args:
             evidence: (k, V, N, words).
             class_index: (k,) index of the images' classes.
             words: Of each class.
+            weights: See :meth:`fit`.
         """
         measured, start = [], 0
         for number, own in enumerate(words):
             rows = class_index == number
-            self.fit(evidence[rows] if rows.any() else evidence)
+            self.fit(evidence[rows] if rows.any() else evidence, weights)
             measured.append(torch.stack([self.mean, self.std])[:, start : start + len(own)])
             start += len(own)
         self.mean, self.std = torch.cat(measured, dim=1)

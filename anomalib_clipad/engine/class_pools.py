@@ -13,7 +13,10 @@ from lightning.pytorch import Trainer
 from torchmetrics import Metric
 
 from anomalib_clipad.components.conformal import p_values
+from anomalib_clipad.components.region import RegionOfPictures
+from anomalib_clipad.components.scores import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.inside import inside_only
 from anomalib_clipad.engine.class_limits import KEYS, LEVELS, ClassLimits
 from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -70,6 +73,34 @@ class Pool(NamedTuple):
         own = self.classes == number
         normal, validated = own[: len(self.normal)], own[len(self.normal) :]
         return Pool(self.summary[validated], self.labels[validated].int(), self.normal[normal], self.classes[own])
+
+
+def summary_of(scores: Scores | ZeroShotBatch, region: RegionOfPictures | None) -> torch.Tensor:
+    """(B, 4) of a batch: text score, map score, largest and mean map value inside a region.
+
+    Example:
+        >>> scores = Scores(torch.tensor([[[0.25, 0.75]]]), torch.tensor([0.5]), torch.tensor([0.75]))
+        >>> summary_of(scores, None)
+        tensor([[0.5000, 0.7500, 0.7500, 0.5000]])
+    """
+    maps = cast("torch.Tensor", scores.anomaly_map)
+    if region is not None and region.inside is not None:
+        maps = region.values(maps)[:, None]
+    largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
+    text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
+    return torch.stack([text, whole, largest, mean], dim=1).float()
+
+
+def classes_of(scores: Scores | ZeroShotBatch) -> torch.Tensor:
+    """(B,) classes of a batch, the first one where it does not say.
+
+    Example:
+        >>> classes_of(Scores(torch.zeros(2, 1, 1), torch.zeros(2), torch.zeros(2)))
+        tensor([0, 0])
+    """
+    if scores.class_index is not None:
+        return scores.class_index
+    return torch.zeros_like(cast("torch.Tensor", scores.text_score), dtype=torch.long)
 
 
 def may_use_validation(trainer: Trainer | None, normal: torch.Tensor) -> bool:
@@ -139,10 +170,11 @@ class ClassPoolsMixin(_PostProcessor):
                 for metric in self._pixels[number]:
                     metric.reset()
             rows = class_index == number
-            maps, masks = cast("torch.Tensor", outputs.anomaly_map)[rows], outputs.gt_mask
-            batch = SimpleNamespace(anomaly_map=maps, gt_mask=None if masks is None else masks[rows])
-            for metric in self._pixels[number]:
-                metric.update(batch)
+            values = {name: getattr(outputs, name) for name in ("anomaly_map", "gt_mask", "region")}
+            own = {name: None if value is None else value[rows] for name, value in values.items()}
+            threshold, extent = self._pixels[number]
+            threshold.update(inside_only(SimpleNamespace(**own), self._pixel_threshold_metric.fields))
+            extent.update(SimpleNamespace(**own))
 
     def set_pools(self, network: ZeroShotNetwork, everything: Pool, trainer: Trainer | None) -> None:
         """Set what all images have in common, and, where there are several classes, what each class has of its own."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from anomalib_clipad.components import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.class_pools import check_post_processor
@@ -34,6 +35,7 @@ from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
 from anomalib_clipad.engine.product_batch import with_class
 from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
+from anomalib_clipad.engine.region import RegionMixin
 from anomalib_clipad.engine.run_folder import RunFolder, check_root, images_of
 from anomalib_clipad.engine.scored_batches import warn_of_not_finite
 from anomalib_clipad.engine.single_pass import SinglePassMixin
@@ -49,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument
-    AutomaticSizeMixin, SinglePassMixin, NormalClassesMixin, CheckpointMixin, WholeExportMixin, _Module
+    AutomaticSizeMixin, RegionMixin, SinglePassMixin, NormalClassesMixin, CheckpointMixin, WholeExportMixin, _Module
 ):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
@@ -92,6 +94,8 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             post_processor = ClipAdPostProcessor()
         if isinstance(post_processor, ClipAdPostProcessor) and post_processor.map_scale is None:
             post_processor.map_scale = network.map_scale
+        if isinstance(post_processor, ClipAdPostProcessor):
+            post_processor.region = network.region
         return pre_processor, post_processor
 
     @staticmethod
@@ -145,17 +149,11 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             callbacks.insert(0, RunFolder())
         return [RunGuard(callbacks), *callbacks]
 
-    def on_validation_start(self) -> None:
-        """See :meth:`prepare_classes`."""
-        self.prepare_classes()
-
-    def on_test_start(self) -> None:
-        """See :meth:`prepare_classes`."""
-        self.prepare_classes()
-
     def on_predict_start(self) -> None:
         """See :meth:`prepare_classes`."""
         self.prepare_classes()
+
+    on_validation_start = on_test_start = on_predict_start
 
     def prepare_classes(self) -> None:
         """Encode the prompts of the class at hand, and prepare what comes from normal images."""
@@ -276,6 +274,8 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         ours.features = None  # not to be drawn, nor kept with the predictions
         ours.update(**self.model.predictions(scores)._asdict())
         ours.raw_score, ours.defect_evidence = ours.pred_score, scores.defect_evidence
+        ours.region = self.model.region.of(scores.anomaly_map)
+        cut_ground_truth(ours)
         return ours
 
     def _scores(self, batch: ZeroShotBatch) -> Scores:

@@ -51,8 +51,7 @@ class NormalClassesMixin(NormalImagesMixin):
         evidence = [scores.defect_evidence for scores in scored if scores.defect_evidence is not None]
         if evidence:
             classes = torch.cat([scores.class_index for scores in scored if scores.class_index is not None])
-            defects = self.model.defect_names
-            defects.baseline.fit_classes(torch.cat(evidence), classes, defects.words)
+            self.model.fit_defect_baseline(torch.cat(evidence), classes)
         if scored:
             post_processor.set_from_normal(self.model, scored, references=used)
 

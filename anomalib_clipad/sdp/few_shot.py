@@ -12,10 +12,12 @@ from anomalib_clipad.components import (
     DualPathFeatures,
     ReferenceBank,
     ReferenceFusion,
+    RegionOfPictures,
     ScoreFusion,
     Scores,
     Tiling,
 )
+from anomalib_clipad.components.defect_names import DefectName
 from anomalib_clipad.components.reference_tokens import ReferenceTokens, turns
 from anomalib_clipad.components.tiling import ViewScores
 from anomalib_clipad.errors import InputError
@@ -33,6 +35,7 @@ class FewShotNetwork(ClassTextFeatures):
     tile_references: ReferenceBank
     fusion: ScoreFusion
     reference_fusion: ReferenceFusion
+    region: RegionOfPictures
 
     @staticmethod
     def check_size(images: torch.Tensor, size: tuple[int, int]) -> None:
@@ -86,6 +89,8 @@ class FewShotNetwork(ClassTextFeatures):
     def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
         """Compare all further images with these normal ones, too.
 
+        With a region, what is outside of it counts for nothing, also where images are turned.
+
         Args:
             images: Batches (b, 3, H, W) of normal images of the first class, as :meth:`forward` takes them.
             augment: Whether the images are taken flipped and turned as well: eight ways, four if they are not square.
@@ -101,9 +106,9 @@ class FewShotNetwork(ClassTextFeatures):
         if not gathered[0].seen:
             msg = "There is no image to take as a reference; give at least one batch."
             raise InputError(msg)
-        joined = self._fit((self.references, self.tile_references), *gathered)
+        joined = self._fit((self.references, self.tile_references), *gathered, augment)
         if joined.defect_evidence is not None:
-            self.defect_names.baseline.fit(joined.defect_evidence)
+            self.fit_defect_baseline(joined.defect_evidence)
         return self.joined_scores(joined)
 
     @torch.no_grad()
@@ -129,9 +134,9 @@ class FewShotNetwork(ClassTextFeatures):
         for number, (banks, own) in enumerate(zip(pairs, gathered, strict=True)):
             if number in few:
                 whole, tiles = (_Gathered.cat(parts) for parts in zip(*gathered, strict=True))
-                self._fit(banks, whole, tiles, number)
+                self._fit(banks, whole, tiles, augment, number)
             else:
-                scored.append(self.joined_scores(self._fit(banks, *own, number)))
+                scored.append(self.joined_scores(self._fit(banks, *own, augment, number)))
         self.references.join([bank for bank, _ in pairs])
         self.tile_references.join([bank for _, bank in pairs])
         return scored
@@ -139,7 +144,7 @@ class FewShotNetwork(ClassTextFeatures):
     def classes_of(self, images: torch.Tensor) -> torch.Tensor:
         """(B,) index of the class that each image shows, see :class:`anomalib_clipad.components.ClassChoice`."""
         self.check_size(images, self.image_size)
-        return cast("torch.Tensor", self.class_choice(self.taps(self.tiling.whole(images)).surgery))
+        return cast("torch.Tensor", self.class_choice(self.taps(self.tiling.whole(self.region.fill(images))).surgery))
 
     def _new_bank(self) -> ReferenceBank:
         bank = self.references
@@ -153,10 +158,41 @@ class FewShotNetwork(ClassTextFeatures):
         whole, tiles = _Gathered(), _Gathered()
         for batch in images:
             self.check_size(batch, self.image_size)
-            for turn, turned in enumerate(turns(batch) if augment else [batch]):
+            filled = self.region.fill(batch)
+            for turn, turned in enumerate(turns(filled) if augment else [filled]):
                 self._look_at([self.tiling.whole(turned)], turn, whole, number)
                 self._look_at(self.tiling.tiles(turned, self.tile_batch_size), turn, tiles, number)
         return whole, tiles
+
+    def name_defects(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> list[DefectName]:
+        """Name what is in regions of images.
+
+        Args:
+            evidence: (B, V, N, words), ``defect_evidence`` of :meth:`scores`.
+            weights: (B, H, W) of the pixels, see :func:`anomalib_clipad.components.region_weights`.
+            class_index: See :meth:`forward`.
+        """
+        patches = self.tiling.patch_means(weights, self.grid, self.tile_batch_size)
+        return cast("list[DefectName]", self.defect_names(evidence, patches, class_index))
+
+    def fit_defect_baseline(self, evidence: torch.Tensor, class_index: torch.Tensor | None = None) -> None:
+        """Let the words' evidence on normal images, (k, V, N, words), be their zero; of several classes, each's own."""
+        inside, names = self._patches_inside(), self.defect_names
+        whole = None if inside is None else inside[0]
+        if class_index is None:
+            names.baseline.fit(evidence, whole)
+        else:
+            names.baseline.fit_classes(evidence, class_index, names.words, whole)
+
+    def _patches_inside(self, augment: bool = False) -> torch.Tensor | None:
+        """(turns, V, N), true for patches of the whole picture and its tiles that are inside the region in part."""
+        if self.region.inside is None:
+            return None
+        pixels = self.region.inside[None, None].float()
+        views = torch.cat([turned[:, 0] for turned in (turns(pixels) if augment else [pixels])])
+        return self.tiling.patch_means(views, self.grid, self.tile_batch_size) > 0
 
     def _look_at(self, views: Iterable[torch.Tensor], turn: int, gathered: "_Gathered", number: int | None) -> None:
         for view in views:
@@ -171,22 +207,35 @@ class FewShotNetwork(ClassTextFeatures):
         banks: tuple[ReferenceBank, ReferenceBank],
         whole: "_Gathered",
         tiles: "_Gathered",
+        augment: bool,
         number: int | None = None,
     ) -> ViewScores:
         """Fill the banks of whole images and of tiles, and measure the units of a class, the first one by default."""
         with torch.autocast(self.text_features.device.type, enabled=False):
             count = sum(len(seen.text_score) for seen in whole.seen)
-            seen = self._fit_bank(banks[0], whole, count)
-            places = self.tiling.places(self.grid)
-            joined = self.tiling.join(seen, self._fit_bank(banks[1], tiles, count, places) if tiles.seen else None)
-            maps = joined.text_map, cast("torch.Tensor", joined.reference_map)
-            self.reference_fusion.fit(*maps, joined.text_score, number or 0)
+            inside = self._patches_inside(augment)
+            of_tiles = None
+            if tiles.seen:
+                of_tiles = self._fit_bank(banks[1], tiles, count, inside, self.tiling.places(self.grid))
+            joined = self.tiling.join(self._fit_bank(banks[0], whole, count, inside), of_tiles, self.region.tiles)
+            text_map, reference_map = (
+                self.region.values(maps) for maps in (joined.text_map, cast("torch.Tensor", joined.reference_map))
+            )
+            self.reference_fusion.fit(text_map, reference_map, joined.text_score, number or 0)
             return joined
 
     def _fit_bank(
-        self, bank: ReferenceBank, gathered: "_Gathered", images: int, places: torch.Tensor | None = None
+        self,
+        bank: ReferenceBank,
+        gathered: "_Gathered",
+        images: int,
+        inside: torch.Tensor | None,
+        places: torch.Tensor | None = None,
     ) -> ViewScores:
-        distances = bank.fit(gathered.tokens.taps(), images, places)
+        if inside is not None:
+            parts = inside[:, :1] if places is None else inside[:, 1:]  # (turns, parts, N)
+            inside = parts[:, None].expand(-1, images, -1, -1).flatten(0, 2)
+        distances = bank.fit(gathered.tokens.taps(), images, places, inside)
         return ViewScores.cat(gathered.seen)._replace(reference_map=self.enlarge_patches(distances))
 
 
