@@ -279,7 +279,7 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, reg
         raise InputError(msg)
     if region is not None and "region" in model.hparams:
         model = get_model({**config, "init_args": {**config.get("init_args", {}), "region": region}})
-    model.evaluator = model.visualizer = model.table = model.page = None
+    model.evaluator = model.visualizer = model.table = model.page = model.original_maps = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name

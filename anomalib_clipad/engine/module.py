@@ -30,6 +30,7 @@ from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.normal_classes import NormalClassesMixin
+from anomalib_clipad.engine.original_size import OriginalMaps, OriginalSizeMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
@@ -51,7 +52,14 @@ logger = logging.getLogger(__name__)
 
 
 class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument
-    AutomaticSizeMixin, RegionMixin, SinglePassMixin, NormalClassesMixin, CheckpointMixin, WholeExportMixin, _Module
+    AutomaticSizeMixin,
+    RegionMixin,
+    OriginalSizeMixin,
+    SinglePassMixin,
+    NormalClassesMixin,
+    CheckpointMixin,
+    WholeExportMixin,
+    _Module,
 ):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
@@ -142,10 +150,11 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             1 + max((i for i, one in enumerate(callbacks) if one is self.post_processor), default=-1), DefectNaming()
         )
         # The table comes last: it names the pictures, and says at the end where everything is.
-        callbacks += [writer for writer in (self.page, self.table) if writer is not None]
+        callbacks += [writer for writer in (self.page, self.table, self.original_maps) if writer is not None]
         if any(isinstance(callback, SaveConfigCallback) for callback in cast("Any", self.trainer).callbacks):
             check_root(self.trainer)
-        if any(isinstance(callback, PredictionTable | PageWriter | ClipAdVisualizer) for callback in callbacks):
+        writers = PredictionTable | PageWriter | ClipAdVisualizer | OriginalMaps
+        if any(isinstance(callback, writers) for callback in callbacks):
             callbacks.insert(0, RunFolder())
         return [RunGuard(callbacks), *callbacks]
 
@@ -166,6 +175,7 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
+        self.check_exportable()
         self.forget_kept()  # else the exported file would hold them
         looks_at_data = (self.k_shot or self.automatic_size) and not self.restored
         if datamodule is not None and looks_at_data and not hasattr(datamodule, "train_data"):

@@ -250,6 +250,14 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
             score, anomaly_map = shown_score, shown_map
         return InferenceBatch(score, label, anomaly_map, mask)
 
+    def pixel_mask(self, anomaly_map: torch.Tensor, class_index: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The mask of a map that :meth:`forward` gave, enlarged; ``None`` where there are to be none."""
+        if not self.enable_thresholding:
+            return None
+        by_rule = anomaly_map if self.map_scale is None else self.map_scale.squash(anomaly_map)
+        shown = anomaly_map if self.enable_normalization else self._shown("pixel", anomaly_map, by_rule, class_index)
+        return ~(shown <= 1 - self.pixel_sensitivity)
+
     def _shown(
         self, level: str, values: torch.Tensor, by_rule: torch.Tensor, class_index: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -14,6 +14,7 @@ from anomalib_clipad.errors import InputError
 
 ATTEMPTS = 10  # at a folder of a new number, while other runs make theirs
 IMAGES = "images"  # folder of the pictures in that of the run
+HEATMAPS, MASKS = "heatmaps", "masks"  # likewise, of heatmaps and masks in the pictures' own size
 
 
 class RunFolder(Callback):

@@ -1,4 +1,4 @@
-"""What a user is to know of the thresholds of a run."""
+"""What a user is to know of the scores and thresholds of a run."""
 
 import logging
 import math

@@ -59,6 +59,9 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         defects: Words for what is found, two or more, such as [scratch, dent]; the likeliest two get into the
             explanation of each anomalous image. Or a mapping from class to words, or states for the prompts' own words.
             Attribution, not diagnosis. None for no words.
+        output_size: original, for maps and masks of predict in each picture's own size and shape, in batches and in the
+            folders heatmaps and masks of the run; see :class:`anomalib_clipad.engine.original_size.OriginalMaps`. None
+            for those of image_size. Labels and scores are the same.
         single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
             figures are the same, in half the time.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
@@ -97,6 +100,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
         defects: list[str] | dict[str, Any] | bool | str | None = None,
+        output_size: str | None = None,
         single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -120,3 +124,4 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         )
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
         self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)
+        self.adopt_output_size(output_size)

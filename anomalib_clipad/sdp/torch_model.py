@@ -80,8 +80,8 @@ class ClipAdSdpModel(FewShotNetwork):
         >>> clip = open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text)
         >>> model = ClipAdSdpModel(clip=clip, class_names=["bottle", "metal nut"], rvs="mean")
         >>> batch = model(torch.rand(3, 3, 32, 32), class_index=torch.tensor([0, 1, 1]))
-        >>> batch.anomaly_map.shape, batch.pred_score.shape
-        (torch.Size([3, 32, 32]), torch.Size([3]))
+        >>> batch.pred_score.shape, model.enlarge(batch.anomaly_map[0], (480, 640)).shape
+        (torch.Size([3]), torch.Size([480, 640]))
     """
 
     needs_original = False  # whether the map needs the original path's taps
@@ -161,6 +161,18 @@ class ClipAdSdpModel(FewShotNetwork):
     def keep_shape(self, height: int, width: int) -> tuple[int, int]:
         """The image size that keeps the shape of a picture, see :func:`anomalib_clipad.components.keep_shape`."""
         return keep_shape(height, width, self.visual.image_size, self.visual.patch_size)
+
+    def enlarge(self, anomaly_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """A map in the pixels of its picture.
+
+        Args:
+            anomaly_map: (H, W), one of those of :meth:`forward`.
+            size: Height and width of the picture.
+
+        Returns:
+            The map, enlarged bilinearly; nothing outside of a region blends in.
+        """
+        return self.region.enlarge(anomaly_map[None], size)[0]
 
     def forget_images(self) -> None:
         """Have no score ranges and no references."""
