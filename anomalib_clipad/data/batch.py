@@ -29,6 +29,7 @@ class ZeroShotItem(ImageItem):
     p_value: torch.Tensor | None = None
     region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    class_name: str | None = None
     picture: str | None = None
 
     @classmethod
@@ -46,7 +47,7 @@ class ZeroShotBatch(ImageBatch):
     """anomalib's batch, with the fields that a zero-shot model reads and writes.
 
     Args:
-        class_index: (B,) index of every image's category; the first category for all where there is none.
+        class_index: (B,) index of every image's class; the first class for all where there is none.
         index: (B,) number of every image in its data set.
         features: Taps that were computed before and take the place of the images, see :class:`DualPathFeatures`.
         text_score: (B,) score of the class token.
@@ -56,6 +57,7 @@ class ZeroShotBatch(ImageBatch):
         region: (B, H, W), true inside the region that is looked at; ``None`` where that is everything.
         p_value: (B,) share of normal images that score as high, where scores of normal images are known.
         defect_evidence: (B, V, N, words) from which a name is made when the region is known, see :class:`DefectNames`.
+        class_name: Name of every image's class, as the model has taken it.
         picture: File of each image's picture, relative to the folder of the run.
         own_maps: Map of each image in its own size, where these are asked for.
         own_masks: Mask of each image in its own size, likewise.
@@ -78,6 +80,7 @@ class ZeroShotBatch(ImageBatch):
     p_value: torch.Tensor | None = None
     region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    class_name: list[str] | None = None
     picture: list[str] | None = None
     own_maps: list[torch.Tensor] | None = None
     own_masks: list[torch.Tensor | None] | None = None

@@ -127,7 +127,7 @@ def _enlarged(batch: ZeroShotBatch, model: LightningModule) -> Iterator[tuple[to
         msg = f"output_size {ORIGINAL} looks at the pictures' files, and the data name none; leave it out."
         raise InputError(msg)
     network, post_processor = cast("ZeroShotNetwork", model.model), cast("ClipAdPostProcessor", model.post_processor)
-    for path, small in zip(batch.image_path, cast("torch.Tensor", batch.anomaly_map), strict=True):
+    for row, (path, small) in enumerate(zip(batch.image_path, cast("torch.Tensor", batch.anomaly_map), strict=True)):
         try:
             with Image.open(path) as picture:  # only the header is read
                 size = picture.size[::-1]
@@ -135,7 +135,7 @@ def _enlarged(batch: ZeroShotBatch, model: LightningModule) -> Iterator[tuple[to
             logger.warning("The size of %s cannot be read any more, so its map stays as it is (%s).", path, error)
             size = cast("tuple[int, int]", tuple(small.shape))
         large = network.region.enlarge(small[None], size)
-        mask = post_processor.pixel_mask(large)
+        mask = post_processor.pixel_mask(large, None if batch.class_index is None else batch.class_index[row : row + 1])
         region = network.region.given
         if mask is not None and region is not None:
             mask &= torch.from_numpy(region.inside(size)).to(mask.device)

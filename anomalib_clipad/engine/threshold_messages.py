@@ -9,7 +9,6 @@ import torch
 from anomalib.data import Batch
 
 from anomalib_clipad.components.conformal import ConformalThreshold
-from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.metrics import AUROC, IMAGE_FIELDS
 
 logger = logging.getLogger(__name__)
@@ -19,14 +18,20 @@ ADVICE = "check class_name and prompts, or give normal images by few_shot_source
 LOWEST_AUROC = 0.6  # of validation images, below which the scores are of no use
 
 
-def announce(threshold: ConformalThreshold, rate: float | None, references: int) -> None:
+def announce(threshold: ConformalThreshold, rate: float | None, references: int, of: str = "") -> None:
     """Say what false-alarm rate to expect, and which one could not be had.
+
+    Args:
+        threshold: Of the image score.
+        rate: What was asked for.
+        references: How many of the threshold's images are references.
+        of: Which class it is of, where there are several.
 
     Example:
         >>> announce(ConformalThreshold(value=0.7, images=19, rank=19), rate=0.05, references=4)
     """
     count = threshold.images
-    which = f"{count} normal image{'s' if count > 1 else ''}"
+    which = f"{count} normal image{'s' if count > 1 else ''}{of and f' of {of}'}"
     if references == count:
         which += " (all of them references)" if count > 1 else " (the reference)"
     elif references:
@@ -53,13 +58,14 @@ def warn_of_one_label(labels: list[torch.Tensor]) -> None:
         logger.warning("All %d images are called anomalous; if they are not, %s.", count, ADVICE)
 
 
-def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: float) -> None:
+def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: float, of: str = "") -> None:
     """Say where labelled images show that the scores or the threshold are of no use.
 
     Args:
         scores: (N,) image scores.
         labels: (N,) 1 where anomalous.
         threshold: Threshold of the scores.
+        of: Which class they are of, where there are several.
 
     Example:
         >>> warn_of_degenerate(torch.tensor([0.1, 0.9]), torch.tensor([0, 1]), threshold=0.5)
@@ -70,16 +76,9 @@ def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: fl
     metric.update(cast("Batch", SimpleNamespace(raw_score=scores, gt_label=labels)))
     auroc = float(metric.compute())
     if auroc < LOWEST_AUROC:
-        words = "The scores hardly tell anomalous validation images from normal ones (AUROC %.2f); %s."
-        logger.warning(words, auroc, ADVICE)
+        words = "The scores hardly tell anomalous validation images%s from normal ones (AUROC %.2f); %s."
+        logger.warning(words, of and f" of {of}", auroc, ADVICE)
     elif (scores > threshold).all() or (scores <= threshold).all():
         found = "anomalous" if (scores > threshold).all() else "normal"
-        logger.warning("At the threshold of the best F1 all validation images are %s; %s.", found, ADVICE)
-
-
-def warn_of_not_finite(batch: ZeroShotBatch) -> None:
-    """Name images that could not be scored; when a batch is done, since a device has to be waited for to know."""
-    if batch.text_score is not None and not batch.text_score.isfinite().all():
-        bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
-        names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
-        logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
+        words = "At the threshold of the best F1 all validation images%s are %s; %s."
+        logger.warning(words, of and f" of {of}", found, ADVICE)

@@ -21,7 +21,8 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
 
     Args:
         class_name: What the images show, such as "metal nut". By default the data module's category, else its name,
-            else "object".
+            else "object". Of several products a list, such as [bottle, metal nut], from which the class of each image
+            is chosen, or a mapping from folder, or pattern of the path, to class. Thresholds belong to a class.
         backbone: CLIP architecture: a name that open_clip knows, hf-hub:ORG/NAME, or a folder with an
             open_clip_config.json; or demo, a small one in this package, to try things out with.
         pretrained: Weights of the backbone: open_clip's tag, or a local file (.pt, .bin, .safetensors). None means
@@ -81,7 +82,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
 
     def __init__(
         self,
-        class_name: str | None = None,
+        class_name: str | list[str] | dict[str, str] | None = None,
         backbone: str = "ViT-B-16-plus-240",
         pretrained: str | None = "laion400m_e31",
         layers: list[int] | None = None,
