@@ -61,7 +61,7 @@ def test_what_is_outside_changes_nothing(kind: type[ClipAdSdpModel], references:
 
     def found(images: torch.Tensor, normal: torch.Tensor) -> list[torch.Tensor]:
         scored = model.set_references([normal], augment=True) if references else ()
-        return [*model(images), *(values for values in scored if values is not None)]
+        return [values for values in (*model(images), *scored) if values is not None]
 
     expected = found(images, normal)
     for values in (images, normal):
