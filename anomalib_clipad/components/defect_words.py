@@ -53,7 +53,7 @@ def _words(defects: object, ensemble: PromptEnsemble, what: str) -> tuple[str, .
             )
             raise InputError(msg)
         return words
-    if not isinstance(defects, list | tuple):
+    if not isinstance(defects, Sequence) or isinstance(defects, str):
         msg = f"{what} must be a list of words, such as [scratch, crack], or {STATES!r}, got {defects!r}."
         raise InputError(msg)
     for word in defects:

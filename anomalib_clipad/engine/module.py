@@ -24,6 +24,7 @@ from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.defect_naming import DefectNaming
 from anomalib_clipad.engine.export import WholeExportMixin
+from anomalib_clipad.engine.extra_outputs import ExtraOutputsMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -46,7 +47,15 @@ logger = logging.getLogger(__name__)
 FALLBACK_CLASS = "object"
 
 
-class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
+class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument
+    AutomaticSizeMixin,
+    SinglePassMixin,
+    NormalImagesMixin,
+    CheckpointMixin,
+    ExtraOutputsMixin,
+    WholeExportMixin,
+    _Module,
+):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
     class_name: str | None
@@ -109,6 +118,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
         false_alarm_rate: float | None = None,
         augment_references: bool = False,
         single_pass: bool = True,
+        extra_outputs: bool = False,
     ) -> None:
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
@@ -116,6 +126,7 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
         self.class_name = class_name
         self.adopt_size(self.hparams.get("image_size"))
         self.adopt_single_pass(single_pass)
+        self.adopt_extra_outputs(extra_outputs)
         self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
         self._blank = [_copy(module.state_dict()) for module in self._calibrated()]
         self._statistics = {}

@@ -56,6 +56,8 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
             Attribution, not diagnosis. None for no words.
         single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
             figures are the same, in half the time.
+        extra_outputs: Whether exported ONNX and OpenVINO files give the p-value and the words' probabilities, too.
+            anomalib's OpenVINOInferencer takes no file with more than its four outputs.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
         evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
@@ -92,6 +94,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         false_alarm_rate: float | None = None,
         defects: list[str] | dict[str, Any] | bool | str | None = None,
         single_pass: bool = True,
+        extra_outputs: bool = False,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -112,4 +115,13 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
             defects=defects,
         )
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
-        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)
+        self.adopt(
+            model,
+            class_name,
+            k_shot,
+            few_shot_source,
+            false_alarm_rate,
+            augment_references,
+            single_pass,
+            extra_outputs,
+        )
