@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule
@@ -28,6 +29,7 @@ from anomalib_clipad.compare.fingerprint import files_named, fingerprint
 from anomalib_clipad.compare.heat_layers import heat_layers
 from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
+from anomalib_clipad.compare.naming import figures_of_job
 from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
 from anomalib_clipad.compare.scale import Scales, choose_scales
 from anomalib_clipad.compare.settings import short_class
@@ -219,7 +221,9 @@ class CompareJob(Job):
                 "versions": inputs["versions"],
                 "inputs": inputs,
             }
-            self._keep(evaluator, scales, getattr(model.post_processor, "good_scores", None))
+            table = evaluator.table(scales.map, getattr(model.post_processor, "good_scores", None))
+            row |= figures_of_job(evaluator.vocabulary, table)
+            self._keep(evaluator, scales, table)
         return row
 
     @contextmanager
@@ -235,7 +239,7 @@ class CompareJob(Job):
                 callbacks=[evaluator, ImageProgress(self.tell)],
             )
 
-    def _keep(self, evaluator: CompareEvaluator, scales: Scales, good_scores: torch.Tensor | None) -> None:
+    def _keep(self, evaluator: CompareEvaluator, scales: Scales, table: pd.DataFrame) -> None:
         numbers = {path: number for number, path in enumerate(evaluator.paths)}
         order = [numbers[path] for path in sorted(numbers)]
         shown = choose_examples(evaluator.paths, evaluator.labels)
@@ -243,7 +247,7 @@ class CompareJob(Job):
         masks = {path: evaluator.stream.mask(numbers[path]) for path in (*shown, *both) if path is not None}
         job_files.write_heat(self.file, heat_layers(evaluator.stream, order, scales.map, self.tell))
         job_files.write_masks(self.file, {path: mask for path, mask in masks.items() if mask is not None})
-        job_files.write_images(self.file, evaluator.table(scales.map, good_scores))
+        job_files.write_images(self.file, table)
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

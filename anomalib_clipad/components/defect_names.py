@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from anomalib_clipad.components.defect_words import Defects, shortened, words_by_class
+from anomalib_clipad.components.defect_words import UNSPECIFIED, Defects, shortened, words_by_class
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.scores import LOGIT_SCALE
@@ -18,7 +18,6 @@ from anomalib_clipad.components.text_encoder import TextEncoder
 from anomalib_clipad.components.tiling import TILES_WEIGHT
 from anomalib_clipad.errors import InputError
 
-UNSPECIFIED = "unspecified"
 MARGIN = 0.1  # between the two largest probabilities; below, no word is given
 SHOWN = 2  # words in an explanation
 LARGEST_SHARE = 0.01  # of a map's pixels, which are the region where none is marked
@@ -93,6 +92,11 @@ class DefectNames(Float32Buffers):
         self.words: tuple[tuple[str, ...], ...] = ()  # of every class
         self.register_buffer("directions", torch.empty(0, embed_dim))  # (words, D), one class after the other
         self.baseline = DefectBaseline()
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words of all classes, each once."""
+        return tuple(dict.fromkeys(word for own in self.words for word in own))
 
     def wanted(self, class_names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """The words of each class; nothing where no names are wanted.

@@ -28,6 +28,8 @@ class ZeroShotItem(ImageItem):
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    defect_word: int | torch.Tensor | None = None
+    defect_truth: int | torch.Tensor | None = None
     picture: str | None = None
 
     @classmethod
@@ -54,6 +56,9 @@ class ZeroShotBatch(ImageBatch):
         raw_map: (B, H, W) map before the post-processor clamps it, for the metrics.
         p_value: (B,) share of normal images that score as high, where scores of normal images are known.
         defect_evidence: (B, V, N, words) from which a name is made when the region is known, see :class:`DefectNames`.
+        defect_word: (B,) index into the network's vocabulary of the word given; -1 for ``unspecified``, -2 where the
+            image is not called anomalous.
+        defect_truth: (B,) likewise of the word that an anomalous image's folder is named by; -1 for any other image.
         picture: File of each image's picture, relative to the folder of the run.
 
     Example:
@@ -73,6 +78,8 @@ class ZeroShotBatch(ImageBatch):
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    defect_word: torch.Tensor | None = None
+    defect_truth: torch.Tensor | None = None
     picture: list[str] | None = None
 
     @classmethod
