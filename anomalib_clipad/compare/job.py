@@ -7,7 +7,6 @@ import platform
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +24,7 @@ from lightning.pytorch import seed_everything
 from anomalib_clipad.compare import job_files
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
 from anomalib_clipad.compare.examples import choose_examples, extremes
-from anomalib_clipad.compare.fingerprint import files_named, fingerprint
+from anomalib_clipad.compare.fingerprint import files_named, fingerprint, versions
 from anomalib_clipad.compare.heat_layers import heat_layers
 from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
@@ -34,6 +33,7 @@ from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
 from anomalib_clipad.compare.scale import Scales, choose_scales
 from anomalib_clipad.compare.settings import short_class
 from anomalib_clipad.compare.shots import take
+from anomalib_clipad.components import Region
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import remove_abandoned, slug
@@ -41,15 +41,14 @@ from anomalib_clipad.pictures.text import printable
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("anomalib", "anomalib-clipad", "torch", "open_clip_torch", "lightning")
-
 
 class CompareJob(Job):
     """Fit a model if it is of the kind that is fitted, test it, and keep what was measured.
 
     Args:
         model: Configuration of the model: class_path, init_args and, if wanted, name.
-        data: Configuration of the data module, of one category, with a name if wanted; or None for ``images`` only.
+        data: Configuration of the data module, of one category, with name and region if wanted; or None for ``images``
+            only.
         images: Folder of unlabelled images to predict instead of testing.
         seed: Seed of everything.
         map_size: Side of the maps that are measured.
@@ -83,7 +82,9 @@ class CompareJob(Job):
         self.model_config = {key: value for key, value in model.items() if key != "name"}
         self.model_name = printable(str(model.get("name") or short_class(model["class_path"])))
         self.category = printable(category_of(data, images))
-        self.data_config = {key: value for key, value in data.items() if key != "name"} if data else None
+        of_data = dict(data or {})
+        self.region = of_data.pop("region", None)
+        self.data_config = {key: value for key, value in of_data.items() if key != "name"} or None
         self.images = images
         self.seed, self.map_size, self.output, self.accelerator = seed, map_size, output, accelerator
         self.metrics = list(metrics)
@@ -96,15 +97,10 @@ class CompareJob(Job):
     def key(self) -> str:
         """Name of the job's files: readable, and another for every other configuration."""
         what = [
-            self.model_name,
-            self.category,
-            self.model_config,
-            self.data_config,
-            self.images,
-            self.seed,
-            self.map_size,
-            self.metrics,
+            *(self.model_name, self.category, self.model_config, self.data_config),
+            *(self.images, self.seed, self.map_size, self.metrics),
             *(() if self.shots is None else (self.shots,)),
+            *(() if self.region is None else ("region", self.region)),
         ]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]
         return f"{slug(self.model_name)}-{slug(self.category)}-{digest}"
@@ -121,11 +117,12 @@ class CompareJob(Job):
         """
         paths = files_named(self.model_config.get("init_args") or {})
         paths += [Path(self.images)] if self.images else []
+        paths += files_named({"region": self.region})
         if self.data_config is not None:
             arguments = dict(self.data_config.get("init_args") or {})
             arguments.setdefault("root", getattr(build_datamodule(self.data_config), "root", None))
             paths += files_named(arguments)
-        return {"files": fingerprint(paths, self.output), "versions": _versions()}
+        return {"files": fingerprint(paths, self.output), "versions": versions()}
 
     def result(self) -> dict[str, Any] | None:
         """The result, if the job is done, its files are whole, and it would read today what it read then."""
@@ -188,8 +185,9 @@ class CompareJob(Job):
         if data is not None and self.shots is not None:
             take(data, self.shots, self.seed)
         self.tell("loading the model", 0, None)
-        model: Any = _plain_model(self.model_config, data)
-        evaluator = CompareEvaluator(self.map_size, self.metrics, self.file.parent)
+        model: Any = _plain_model(self.model_config, data, self.region)
+        region = None if self.region is None else Region(self.region)
+        evaluator = CompareEvaluator(self.map_size, self.metrics, self.file.parent, region)
         row: dict[str, Any] = {}
         with closing(evaluator.stream), self._engine(evaluator, task_id) as engine:
             start = now()
@@ -274,9 +272,11 @@ def category_of(data: Mapping[str, Any] | None, images: str | None) -> str:
     )
 
 
-def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> AnomalibModule:
-    """The model without measurements and pictures of its own."""
+def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, region: object) -> AnomalibModule:
+    """The model without measurements and pictures of its own, with the region of the data if it can look at one."""
     model: Any = get_model(dict(config))
+    if region is not None and "region" in model.hparams:
+        model = get_model({**config, "init_args": {**config.get("init_args", {}), "region": region}})
     model.evaluator = model.visualizer = model.table = model.page = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.
@@ -287,13 +287,3 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> 
 def _no_loaders() -> list[object]:
     """Lets anomalib's zero-shot models predict without validation data, whose thresholds are not looked at here."""
     return []
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -161,17 +161,36 @@ class DefectNames(Float32Buffers):
             weights: (B, V, N), 0 or more, of the patches; 0 outside of the region.
             class_index: (B,) index into the classes; the first class for all by default.
         """
-        means = region_means(evidence, weights)
-        classes = [0] * len(means) if class_index is None else class_index.tolist()
-        return [self._name(values, number) for values, number in zip(means, classes, strict=True)]
+        rows = self.probabilities(evidence, weights, class_index).tolist()
+        classes = [0] * len(rows) if class_index is None else class_index.tolist()
+        names = []
+        for row, number in zip(rows, classes, strict=True):
+            pairs = zip(self.words[number], row[self._own(number)], strict=True)
+            # A stable order, also of what is not a number.
+            names.append(DefectName(dict(sorted(pairs, key=lambda pair: -pair[1]))))
+        return names
 
-    def _name(self, means: torch.Tensor, number: int) -> DefectName:
-        words = self.words[number]
+    def probabilities(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same in numbers: (B, words), words of one class after those of the other; 0 for those of other classes.
+
+        The arguments are those of :meth:`forward`.
+        """
+        means = region_means(evidence, weights)
+        columns = []
+        for number in range(len(self.words)):
+            own = self._own(number)
+            shares = (LOGIT_SCALE * self.baseline(means[:, own], own)).softmax(dim=1)
+            if class_index is not None:
+                shares = torch.where((class_index == number)[:, None], shares, 0.0)
+            columns.append(shares if class_index is not None or number == 0 else torch.zeros_like(shares))
+        return torch.cat(columns, dim=1)
+
+    def _own(self, number: int) -> slice:
+        """Where the words of a class are among those of all."""
         start = sum(map(len, self.words[:number]))
-        own = slice(start, start + len(words))
-        shares = (LOGIT_SCALE * self.baseline(means[own], own)).softmax(dim=0).tolist()
-        # A stable order, also of what is not a number.
-        return DefectName(dict(sorted(zip(words, shares, strict=True), key=lambda pair: -pair[1])))
+        return slice(start, start + len(self.words[number]))
 
     def _load_from_state_dict(
         self,
@@ -208,9 +227,15 @@ class DefectBaseline(Float32Buffers):
         for name in self.growing:  # (words,), empty without normal images
             self.register_buffer(name, torch.empty(0))
 
-    def fit(self, evidence: torch.Tensor) -> None:
-        """Measure normal images: (k, V, N, words)."""
-        everywhere = evidence.new_ones(evidence.shape[:-1])
+    def fit(self, evidence: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Measure normal images.
+
+        Args:
+            evidence: (k, V, N, words).
+            weights: (V, N), 0 for patches that do not count; by default all do.
+        """
+        ones = evidence.new_ones(evidence.shape[:-1])
+        everywhere = ones if weights is None else ones * weights
         mean = region_means(evidence, everywhere).mean(dim=0)
         variance = region_means((evidence - mean).square(), everywhere).mean(dim=0)
         self.mean, self.std = mean, variance.sqrt().clamp(min=1e-6)
@@ -263,7 +288,8 @@ def region_weights(anomaly_map: torch.Tensor, mask: torch.Tensor | None = None) 
     least = pixels.topk(max(1, round(LARGEST_SHARE * pixels.shape[1])), dim=1).values[:, -1, None, None]
     region = values >= least
     if mask is not None:
-        region = torch.where(mask.flatten(1).any(dim=1)[:, None, None], mask.bool(), region)
+        marked = mask.bool()
+        region = marked | (region & ~marked.flatten(1).any(dim=1)[:, None, None])
     return torch.where(region, values.clamp(min=LEAST_WEIGHT), 0.0)
 
 

@@ -10,20 +10,17 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.models.components import AnomalibModule
+from torch import nn
 
-from anomalib_clipad.components import Prediction, Scores, p_values
+from anomalib_clipad.components import Prediction, Scores, p_values, region_weights
+from anomalib_clipad.components.defect_names import MARGIN
+from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.errors import InputError
-
-if TYPE_CHECKING:
-    _Module = AnomalibModule
-else:
-    _Module = object  # a mixin: anomalib finds direct subclasses of its module only
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +66,36 @@ def _p_value(model: Any, answer: Answer) -> torch.Tensor | None:  # noqa: ANN401
     return None if normal is None or not len(normal) else p_values(answer.prediction.pred_score, normal)
 
 
+def _defects(model: Any, answer: Answer) -> torch.Tensor | None:  # noqa: ANN401 - likewise
+    evidence = answer.scores.defect_evidence
+    if evidence is None:
+        return None
+    # What is shown is on the scale, as map_on_the_scale has it in the engine, where anything normalises it.
+    maps = cast("torch.Tensor", answer.shown.anomaly_map)
+    if not getattr(model.post_processor, "enable_normalization", False):
+        maps = model.model.map_scale.squash(maps)
+    mask = getattr(answer.shown, "pred_mask", None)
+    weights = region_weights(maps, mask)
+    inside = model.model.region.inside
+    return model.model.defect_probabilities(evidence, weights if inside is None else weights * inside)
+
+
+def _words(model: Any) -> dict[str, object]:  # noqa: ANN401 - likewise
+    return {"defects": [word for own in model.model.defect_names.words for word in own], "margin": MARGIN}
+
+
 OUTPUTS: tuple[ExtraOutput, ...] = (
     ExtraOutput("p_value", _p_value, lambda model: {"normal_images": len(model.post_processor.good_scores)}),
+    ExtraOutput("defect_probabilities", _defects, _words),
 )
 
 
-class ExtraOutputsMixin(_Module):
+class ExtraOutputsMixin(WholeExportMixin):
     """Gives more than four outputs while a file is traced; its user calls :meth:`adopt_extra_outputs`."""
 
     model: ZeroShotNetwork  # type: ignore[assignment]  # anomalib declares a module
+    pre_processor: nn.Module | None
+    post_processor: nn.Module | None
     extra_outputs: bool
     _traced = False  # whether a file is written at the moment
 
@@ -104,7 +122,7 @@ class ExtraOutputsMixin(_Module):
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
         """See :class:`anomalib.models.components.AnomalibModule`."""
         if not self._traced:
-            return super().forward(batch, *args, **kwargs)
+            return cast("Any", super()).forward(batch, *args, **kwargs)
         scores = self.model.scores(self.pre_processor(batch) if self.pre_processor else batch)
         prediction = self.model.predictions(scores)
         shown = self.post_processor(prediction) if self.post_processor else prediction
@@ -123,7 +141,7 @@ class ExtraOutputsMixin(_Module):
         written = {output.name for output in graph.graph.output}
         found = [one for one in OUTPUTS if one.name in written]
         if not found:
-            logger.warning("extra_outputs finds nothing to give: the model has no scores of normal images.")
+            logger.warning("extra_outputs finds nothing to give: no scores of normal images, no words for defects.")
             return
         texts = {key: json.dumps(value) for one in found for key, value in one.metadata(self).items()}
         onnx.helper.set_model_props(graph, texts)

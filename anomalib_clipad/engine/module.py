@@ -20,10 +20,10 @@ from torch import nn
 
 from anomalib_clipad.components import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.defect_naming import DefectNaming
-from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.extra_outputs import ExtraOutputsMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
@@ -32,6 +32,7 @@ from anomalib_clipad.engine.normal_images import NormalImagesMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.engine.region import RegionMixin
 from anomalib_clipad.engine.run_folder import RunFolder, check_root
 from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
@@ -48,13 +49,7 @@ FALLBACK_CLASS = "object"
 
 
 class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument
-    AutomaticSizeMixin,
-    SinglePassMixin,
-    NormalImagesMixin,
-    CheckpointMixin,
-    ExtraOutputsMixin,
-    WholeExportMixin,
-    _Module,
+    AutomaticSizeMixin, RegionMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, ExtraOutputsMixin, _Module
 ):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
@@ -97,6 +92,8 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             post_processor = ClipAdPostProcessor()
         if isinstance(post_processor, ClipAdPostProcessor) and post_processor.map_scale is None:
             post_processor.map_scale = network.map_scale
+        if isinstance(post_processor, ClipAdPostProcessor):
+            post_processor.region = network.region
         return pre_processor, post_processor
 
     @staticmethod
@@ -258,6 +255,8 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         ours.features = None  # not to be drawn, nor kept with the predictions
         ours.update(**self.model.predictions(scores)._asdict())
         ours.raw_score, ours.defect_evidence = ours.pred_score, scores.defect_evidence
+        ours.region = self.model.region.of(scores.anomaly_map)
+        cut_ground_truth(ours)
         return ours
 
     def _scores(self, batch: ZeroShotBatch) -> Scores:
