@@ -18,14 +18,19 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from anomalib.data.utils import read_image
+from lightning.pytorch import Trainer
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
 
+from anomalib_clipad import ClipAdSdp
+from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.engine.original_size import OriginalMaps
 from anomalib_clipad.engine.pre_processing import clip_transform
 from anomalib_clipad.sdp import ClipAdSdpModel
 
@@ -114,6 +119,31 @@ def memory_ratio(backbone: str) -> float:
     return ratio
 
 
+def written_memory(large: int) -> float:
+    """MiB that writing heatmap and mask of a picture in its own size adds at its peak."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        Image.new("L", (large, large)).save(path)
+        model = ClipAdSdp("part", "demo", None, output_size="original")
+        maps = torch.rand(1, *model.model.image_size)
+        batch = ZeroShotBatch(image=torch.zeros(1, 3, *maps.shape[1:]), image_path=[str(path)], anomaly_map=maps)
+        trainer = Trainer(default_root_dir=folder, logger=False, accelerator="cpu")
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        OriginalMaps().on_predict_batch_end(trainer, model, batch, None, 0)
+    return status("VmHWM") - before
+
+
+def written_ratio() -> float:
+    """Peak of writing a large picture's heatmap and mask over the bytes of its map in float32."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(written_memory, (LARGE,))
+    ratio = peak / (4 * LARGE**2 / MEBIBYTE)
+    print(f"heatmap and mask of {LARGE} x {LARGE} pixels: {peak:.0f} MiB = {ratio:.2f} times the map in float32")
+    return ratio
+
+
 def find(root: Path, name: str, **arguments: object) -> str:
     """Image AUROC, pixel AUROC and pixel AP of a folder, in per cent."""
     model = ClipAdSdpModel("demo", None, [name], **arguments).eval()
@@ -153,6 +183,7 @@ def main() -> None:
         )
         time_ratio(arguments.backbone, arguments.pairs)
         memory_ratio(arguments.backbone)
+        written_ratio()
         return
     print("| data, height x width | square | auto | tiles of 96 in twice that |\n|---|---|---|---|")
     for root in arguments.find:

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from anomalib.data import InferenceBatch
-from torch import nn
 
-from anomalib_clipad.components import Prediction, Scores, p_values, region_weights
+from anomalib_clipad.components import Prediction, Scores, region_weights
 from anomalib_clipad.components.defect_names import MARGIN
 from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -62,8 +61,8 @@ class ExtraOutput(NamedTuple):
 
 
 def _p_value(model: Any, answer: Answer) -> torch.Tensor | None:  # noqa: ANN401 - an anomalib module with our parts
-    normal = getattr(model.post_processor, "good_scores", None)
-    return None if normal is None or not len(normal) else p_values(answer.prediction.pred_score, normal)
+    p_values = getattr(model.post_processor, "p_values", None)
+    return None if p_values is None else p_values(answer.prediction.pred_score, answer.prediction.class_index)
 
 
 def _defects(model: Any, answer: Answer) -> torch.Tensor | None:  # noqa: ANN401 - likewise
@@ -77,7 +76,9 @@ def _defects(model: Any, answer: Answer) -> torch.Tensor | None:  # noqa: ANN401
     mask = getattr(answer.shown, "pred_mask", None)
     weights = region_weights(maps, mask)
     inside = model.model.region.inside
-    return model.model.defect_probabilities(evidence, weights if inside is None else weights * inside)
+    return model.model.defect_probabilities(
+        evidence, weights if inside is None else weights * inside, answer.scores.class_index
+    )
 
 
 def _words(model: Any) -> dict[str, object]:  # noqa: ANN401 - likewise
@@ -94,9 +95,7 @@ class ExtraOutputsMixin(WholeExportMixin):
     """Gives more than four outputs while a file is traced; its user calls :meth:`adopt_extra_outputs`."""
 
     model: ZeroShotNetwork  # type: ignore[assignment]  # anomalib declares a module
-    pre_processor: nn.Module | None
-    post_processor: nn.Module | None
-    extra_outputs: bool
+    extra_outputs = False
     _traced = False  # whether a file is written at the moment
 
     def adopt_extra_outputs(self, extra_outputs: bool) -> None:
@@ -112,22 +111,18 @@ class ExtraOutputsMixin(WholeExportMixin):
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Have :meth:`forward` give the extra outputs, if they are wanted."""
+        """Have :meth:`with_extra` give the extra outputs, if they are wanted."""
         self._traced = self.extra_outputs
         try:
             yield
         finally:
             self._traced = False
 
-    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
-        """See :class:`anomalib.models.components.AnomalibModule`."""
+    def with_extra(self, told: InferenceBatch, answer: Answer) -> InferenceBatch:
+        """An answer with the extra outputs, while a file is traced; else as it is."""
         if not self._traced:
-            return cast("Any", super()).forward(batch, *args, **kwargs)
-        scores = self.model.scores(self.pre_processor(batch) if self.pre_processor else batch)
-        prediction = self.model.predictions(scores)
-        shown = self.post_processor(prediction) if self.post_processor else prediction
-        answer = Answer(scores, prediction, cast("InferenceBatch", shown))
-        outputs = {**shown._asdict(), **{one.name: one.values(self, answer) for one in OUTPUTS}}
+            return told
+        outputs = {**told._asdict(), **{one.name: one.values(self, answer) for one in OUTPUTS}}
         known = {name: value for name, value in outputs.items() if value is not None}
         return cast("InferenceBatch", namedtuple("InferenceBatch", known)(**known))
 
