@@ -29,6 +29,8 @@ class ZeroShotItem(ImageItem):
     p_value: torch.Tensor | None = None
     region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    defect_word: int | torch.Tensor | None = None
+    defect_truth: int | torch.Tensor | None = None
     class_name: str | None = None
     picture: str | None = None
 
@@ -57,6 +59,9 @@ class ZeroShotBatch(ImageBatch):
         region: (B, H, W), true inside the region that is looked at; ``None`` where that is everything.
         p_value: (B,) share of normal images that score as high, where scores of normal images are known.
         defect_evidence: (B, V, N, words) from which a name is made when the region is known, see :class:`DefectNames`.
+        defect_word: (B,) index into the network's vocabulary of the word given; -1 for ``unspecified``, -2 where the
+            image is not called anomalous.
+        defect_truth: (B,) likewise of the word that an anomalous image's folder is named by; -1 for any other image.
         class_name: Name of every image's class, as the model has taken it.
         picture: File of each image's picture, relative to the folder of the run.
         own_maps: Map of each image in its own size, where these are asked for.
@@ -80,6 +85,8 @@ class ZeroShotBatch(ImageBatch):
     p_value: torch.Tensor | None = None
     region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    defect_word: torch.Tensor | None = None
+    defect_truth: torch.Tensor | None = None
     class_name: list[str] | None = None
     picture: list[str] | None = None
     own_maps: list[torch.Tensor] | None = None
