@@ -13,10 +13,9 @@ import argparse
 import logging
 import multiprocessing
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from anomalib.data.utils import read_image
 from lightning.pytorch import Trainer
+from line import HEADER, Line, machine
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
@@ -57,7 +57,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def time_ratio(backbone: str, pairs: int) -> float:
+def time_line(backbone: str, pairs: int) -> Line:
     """Median of time of T tiles over T untiled images."""
     plain = build(backbone)
     tile = plain.image_size
@@ -73,11 +73,8 @@ def time_ratio(backbone: str, pairs: int) -> float:
 
         tiled(picture), untiled()
         ratio = statistics.median(seconds(lambda: tiled(picture)) / seconds(untiled) for _ in range(pairs))
-    print(
-        f"{count} tiles in {size[0]} x {size[1]} / {count} untiled images, batches of {BATCH}: {ratio:.3f}, "
-        f"wanted: {MOST_TIME}"
-    )
-    return ratio
+    detail = f"{count} tiles in {size[0]} x {size[1]}, batches of {BATCH}"
+    return Line("tiles / as many untiled images", detail, ratio, MOST_TIME)
 
 
 def status(key: str) -> float:
@@ -103,7 +100,7 @@ def added_memory(backbone: str, large: bool) -> tuple[float, float]:
     return status("VmHWM") - before, maps
 
 
-def memory_ratio(backbone: str) -> float:
+def memory_line(backbone: str) -> Line:
     """Peak of a large picture over that of untiled images and its maps."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once, so the peak is the code's own
     peaks = []
@@ -112,11 +109,15 @@ def memory_ratio(backbone: str) -> float:
             peaks.append(pool.apply(added_memory, (backbone, large)))
     (plain, _), (tiled, maps) = peaks
     ratio = tiled / (plain + maps)
-    print(
-        f"{LARGE} x {LARGE} / {BATCH} untiled images and maps: {tiled:.0f} / ({plain:.0f} + {maps:.0f}) MiB = "
-        f"{ratio:.2f}, wanted: {MOST_MEMORY}"
-    )
-    return ratio
+    detail = f"{LARGE} x {LARGE}, batch {BATCH}: {tiled:.0f} / ({plain:.0f} + {maps:.0f}) MiB"
+    return Line("memory of tiles / untiled images and maps", detail, ratio, MOST_MEMORY)
+
+
+def lines(backbone: str, pairs: int = 3) -> Iterator[Line]:
+    """Time and memory."""
+    yield time_line(backbone, pairs)
+    yield memory_line(backbone)
+    yield written_line()
 
 
 def written_memory(large: int) -> float:
@@ -134,14 +135,13 @@ def written_memory(large: int) -> float:
     return status("VmHWM") - before
 
 
-def written_ratio() -> float:
+def written_line() -> Line:
     """Peak of writing a large picture's heatmap and mask over the bytes of its map in float32."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         peak = pool.apply(written_memory, (LARGE,))
-    ratio = peak / (4 * LARGE**2 / MEBIBYTE)
-    print(f"heatmap and mask of {LARGE} x {LARGE} pixels: {peak:.0f} MiB = {ratio:.2f} times the map in float32")
-    return ratio
+    detail = f"{LARGE} x {LARGE}: {peak:.0f} MiB"
+    return Line("memory of writing heatmap and mask / the map in float32", detail, peak / (4 * LARGE**2 / MEBIBYTE))
 
 
 def find(root: Path, name: str, **arguments: object) -> str:
@@ -178,12 +178,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if not arguments.find:
-        print(
-            f"{arguments.backbone}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
-        time_ratio(arguments.backbone, arguments.pairs)
-        memory_ratio(arguments.backbone)
-        written_ratio()
+        print(f"{arguments.backbone}, {machine()}\n\n{HEADER}")
+        for line in lines(arguments.backbone, arguments.pairs):
+            print(line, flush=True)
         return
     print("| data, height x width | square | auto | tiles of 96 in twice that |\n|---|---|---|---|")
     for root in arguments.find:
