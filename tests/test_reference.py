@@ -122,7 +122,7 @@ def test_units_are_those_of_the_references() -> None:
     expected = sum(u / (1 + u.abs() / 20) for u in units)
     torch.testing.assert_close(fusion.fuse_maps(*images).double(), expected, atol=1e-5, rtol=0)
     largest = expected.flatten(1).sort(descending=True).values[:, :3].mean(dim=1)  # a tenth of 30 pixels
-    torch.testing.assert_close(fusion.map_score(expected.float()).double(), largest, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fusion.map_score(expected.flatten(1).float()).double(), largest, atol=1e-5, rtol=0)
 
     logits = torch.logit(scores.double())
     variance = (((logits - logits.mean()) ** 2).sum() + 1) / 5
