@@ -1,48 +1,14 @@
 """The scale of a comparison: 0.5 is the threshold of every model that has one."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
 
-from anomalib_clipad.compare import CompareJobGenerator
-from anomalib_clipad.compare.job_files import Kept
-from anomalib_clipad.compare.runners import SerialCompareRunner
 from anomalib_clipad.compare.scale import choose_scales
 from anomalib_clipad.components.scores import MapScale, Prediction
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
-
-from .conftest import LAYOUT
-
-SIDE = 32  # of the small CLIP's maps, so that nothing is resized
-
-
-def configuration(category: Path, output: Path, small_clip: str) -> dict:
-    """SDP with a threshold of its own, and without a post-processor that would know one."""
-    arguments = {"backbone": small_clip, "class_name": "widget"}
-    data = {"name": "widget", "root": str(category), **LAYOUT, "num_workers": 0, "val_split_mode": "same_as_test"}
-    return {
-        "models": [
-            {"class_path": "ClipAdSdp", "name": "SDP", "init_args": arguments},
-            {"class_path": "ClipAdSdp", "name": "raw", "init_args": {**arguments, "post_processor": False}},
-        ],
-        "data": {"class_path": "Folder", "init_args": data},
-        "map_size": SIDE,
-        "output": str(output),
-    }
-
-
-def run(config: dict) -> list[dict]:
-    return SerialCompareRunner(CompareJobGenerator("cpu")).run(config)
-
-
-def kept_of(output: Path, row: dict) -> Kept:
-    found = Kept.read(output / "jobs" / f"{row['key']}.json")
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize("sensitivity", [0.5, 0.8, 0.3])

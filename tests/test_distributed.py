@@ -14,7 +14,11 @@ from .conftest import ROOT, ROUNDING, auxiliary, folder, new_engine, run_command
 from .test_page import paths_of
 
 pytestmark = pytest.mark.slow
-K_SHOTS = (0, 1)
+ARGUMENTS: dict[str, dict] = {
+    "plain": {},
+    "reference": {"k_shot": 1, "false_alarm_rate": 0.3},
+    "tiles": {"image_size": (48, 64), "tile_size": 32, "tile_batch_size": 3},
+}
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -25,16 +29,16 @@ if __name__ == "__main__":
 
 
 def run_everything(small_clip: Path, category: Path, auxiliary_root: Path, out: Path, devices: int) -> None:
-    """Test and predict without and with a reference, then train, in folders below ``out``."""
-    for k_shot in K_SHOTS:
-        score_category(small_clip, category, out / str(k_shot), devices, k_shot)
+    """Test and predict with all ``ARGUMENTS``, then train, in folders below ``out``."""
+    for name, arguments in ARGUMENTS.items():
+        score_category(small_clip, category, out / name, devices, arguments)
     learn(small_clip, auxiliary_root, out / "train", devices)
 
 
-def score_category(small_clip: Path, category: Path, out: Path, devices: int, k_shot: int) -> None:
+def score_category(small_clip: Path, category: Path, out: Path, devices: int, arguments: dict) -> None:
     """Test on 11 images, four at a time, then predict without a datamodule; save the figures of each process."""
     out.mkdir(parents=True, exist_ok=True)
-    model = ClipAdSdp(backbone=str(small_clip), k_shot=k_shot, false_alarm_rate=0.3 if k_shot else None)
+    model = ClipAdSdp(backbone=str(small_clip), **arguments)
     engine = new_engine(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
     figures = engine.test(model, datamodule=folder(category, eval_batch_size=4))[0]
     rank = engine.trainer.global_rank
@@ -69,9 +73,9 @@ def runs(
     return one, two
 
 
-@pytest.mark.parametrize("k_shot", K_SHOTS)
-def test_two_processes_give_the_figures_and_pictures_of_one(runs: tuple[Path, Path], k_shot: int) -> None:
-    one, two = (run / str(k_shot) for run in runs)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_two_processes_give_the_figures_and_pictures_of_one(runs: tuple[Path, Path], name: str) -> None:
+    one, two = (run / name for run in runs)
     expected = torch.load(one / "rank0.pt", weights_only=True)
     parts = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert len(expected["figures"]) == 9

@@ -36,17 +36,19 @@ def test_a_missing_package_is_named(
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "arguments", "message"),
     [
-        (CompressionType.INT8_PTQ, "INT8_PTQ chooses its ranges by images; give a datamodule"),
-        (CompressionType.INT8_ACQ, "INT8_ACQ is not offered: .*; use INT8_PTQ"),
+        (CompressionType.INT8_PTQ, {}, "INT8_PTQ chooses its ranges by images; give a datamodule"),
+        (CompressionType.INT8_ACQ, {}, "INT8_ACQ is not offered: .*; use INT8_PTQ"),
+        (CompressionType.INT8_PTQ, {"image_size": (48, 48), "tile_size": 32}, "not offered with tile_size"),
     ],
 )
 def test_eight_bits_that_cannot_work_are_refused(
-    small_clip: str, tmp_path: Path, kind: CompressionType, message: str
+    small_clip: str, tmp_path: Path, kind: CompressionType, arguments: dict, message: str
 ) -> None:
+    model = ClipAdSdp("cup", small_clip, **arguments)
     with pytest.raises(InputError, match=message):
-        new_engine(tmp_path).export(ClipAdSdp("cup", small_clip), "openvino", tmp_path / "out", compression_type=kind)
+        new_engine(tmp_path).export(model, "openvino", tmp_path / "out", compression_type=kind)
     assert not (tmp_path / "out").exists()
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from anomalib.data.utils import read_image
@@ -12,6 +10,7 @@ from anomalib.data.utils import read_image
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 
 from .conftest import ROUNDING, auxiliary, build_model, folder, new_engine, weights
+from .test_export import assert_same, eager, run_onnx, run_openvino
 
 TILES = {"image_size": (40, 56), "tile_size": 32, "visualizer": False}
 
@@ -68,18 +67,15 @@ def test_half_precision_gives_about_the_same_maps(small_clip: str, category: Pat
 
 
 @pytest.mark.slow
-def test_an_onnx_file_cuts_tiles_itself(small_clip: str, category: Path, tmp_path: Path) -> None:
+def test_exported_files_cut_tiles_themselves(small_clip: str, category: Path, tmp_path: Path) -> None:
     model, engine = ClipAdSdp(backbone=small_clip, k_shot=2, **TILES), new_engine(tmp_path)
     engine.test(model, datamodule=folder(category), verbose=False)
-    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path), providers=["CPUExecutionProvider"])
     images = torch.stack([read_image(path, as_tensor=True) for path in sorted((category / "test/square").glob("*"))])
+    path = model.to_onnx(tmp_path)  # which OpenVINO reads, and which anomalib's export to OpenVINO begins with
     for batch in (images, images[:1]):
-        names = [output.name for output in session.get_outputs()]
-        found = dict(zip(names, session.run(None, {session.get_inputs()[0].name: batch.numpy()}), strict=True))
-        with torch.no_grad():
-            expected = model.eval()(batch)
-        np.testing.assert_allclose(np.squeeze(found["anomaly_map"]), expected.anomaly_map.squeeze(), atol=1e-4)
-        np.testing.assert_allclose(found["pred_score"].ravel(), expected.pred_score, atol=1e-4)
+        expected = eager(model.eval(), batch)
+        assert_same(run_onnx(path, batch.numpy()), expected)
+        assert_same(run_openvino(path, batch.numpy()), expected)
 
 
 def test_tiles_on_the_command_line(anomalib: Callable, small_clip: str, category: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from anomalib_clipad.compare.heat_layers import marked_regions
 from anomalib_clipad.compare.map_stream import MapStream
 from anomalib_clipad.compare.scale import Scale
-from anomalib_clipad.components import p_values
+from anomalib_clipad.components import Region, p_values
+from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, paper_metrics
 from anomalib_clipad.errors import InputError
 
@@ -36,6 +37,8 @@ class CompareEvaluator(Evaluator):
         map_size: Side of the maps and masks that are measured.
         metrics: Names of those to measure, all seven by default.
         folder: Where the temporary file is; by default where the system keeps them.
+        region: What of the maps, masks and labels is measured; by default what the model looks at. A model's own score
+            stays what it is.
 
     Raises:
         InputError: If there is no metric of a name.
@@ -45,7 +48,13 @@ class CompareEvaluator(Evaluator):
         ['image_AUROC', 'image_F1Max', 'image_AP']
     """
 
-    def __init__(self, map_size: int, metrics: Sequence[str] = tuple(METRICS), folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        map_size: int,
+        metrics: Sequence[str] = tuple(METRICS),
+        folder: Path | None = None,
+        region: Region | None = None,
+    ) -> None:
         if unknown := [name for name in metrics if name not in METRICS]:
             msg = f"metrics takes any of {', '.join(METRICS)}, got {', '.join(map(str, unknown))}."
             raise InputError(msg)
@@ -53,6 +62,7 @@ class CompareEvaluator(Evaluator):
         self.measured: list[Any] = [metric for metric in paper_metrics() if metric.name in metrics]
         super().__init__(test_metrics=self.measured)
         self.map_size = (map_size, map_size)
+        self.region = None if region is None else torch.from_numpy(region.inside(self.map_size))
         self.all_paths: list[str] = []
         self.mask_paths: dict[str, str] = {}
         self.paths: list[str] = []
@@ -108,15 +118,20 @@ class CompareEvaluator(Evaluator):
         maps = F.interpolate(maps, self.map_size, mode="bilinear", align_corners=False)[:, 0]
         labels = None if batch.gt_label is None else torch.as_tensor(batch.gt_label).cpu()
         masks = None if batch.gt_mask is None else self._masks(paths, torch.as_tensor(batch.gt_mask).cpu())
-        fields = zip((*IMAGE_FIELDS, *PIXEL_FIELDS), (scores, labels, maps, masks), strict=True)
-        measured = SimpleNamespace(**dict(fields))
+        region = self._region(batch, maps)
+        fields = zip((*IMAGE_FIELDS, *PIXEL_FIELDS, "region"), (scores, labels, maps, masks, region), strict=True)
+        measured: Any = SimpleNamespace(**dict(fields))
+        cut_ground_truth(measured)
+        labels, masks = measured.gt_label, measured.gt_mask
         for metric in self.measured:
             metric.update(measured)
         self.paths += paths
         self.labels += [None] * len(maps) if labels is None else labels.int().tolist()
         self.scores += scores.tolist()
         self.explanations += batch.explanation or [None] * len(maps)
-        self.map_limits += list(zip(maps.amin(dim=(-2, -1)).tolist(), maps.amax(dim=(-2, -1)).tolist(), strict=True))
+        least = maps if region is None else torch.where(region, maps, torch.inf)
+        maps = maps if region is None else torch.where(region, maps, -torch.inf)
+        self.map_limits += list(zip(least.amin(dim=(-2, -1)).tolist(), maps.amax(dim=(-2, -1)).tolist(), strict=True))
         self.stream.append(maps, masks)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,6 +179,16 @@ class CompareEvaluator(Evaluator):
             explanation=self.explanations,
             p_value=share,
         )
+
+    def _region(self, batch: ImageBatch, maps: torch.Tensor) -> torch.Tensor | None:
+        """The region of the maps, (B, H, W): that of the data, else that of the model, if it has any."""
+        if self.region is not None:
+            return self.region.expand(maps.shape)
+        region = getattr(batch, "region", None)
+        if region is None:
+            return None
+        sized = F.interpolate(region[:1, None].float().cpu(), self.map_size, mode="nearest-exact")
+        return sized[0].bool().expand(maps.shape)
 
     def _masks(self, paths: Sequence[str], given: torch.Tensor) -> torch.Tensor:
         masks = []

@@ -109,7 +109,7 @@ def _categories(config: Config) -> Config:
         return config
     arguments.pop("category")
     try:
-        names = categories_on_disk(build_datamodule({**config, "init_args": arguments}))
+        names = categories_on_disk(build_datamodule({"class_path": config["class_path"], "init_args": arguments}))
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise

@@ -32,6 +32,7 @@ from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
 from anomalib_clipad.compare.scale import Scales, choose_scales
 from anomalib_clipad.compare.settings import short_class
 from anomalib_clipad.compare.shots import take
+from anomalib_clipad.components import Region
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import remove_abandoned, slug
@@ -47,7 +48,8 @@ class CompareJob(Job):
 
     Args:
         model: Configuration of the model: class_path, init_args and, if wanted, name.
-        data: Configuration of the data module, of one category, with a name if wanted; or None for ``images`` only.
+        data: Configuration of the data module, of one category, with name and region if wanted; or None for ``images``
+            only.
         images: Folder of unlabelled images to predict instead of testing.
         seed: Seed of everything.
         map_size: Side of the maps that are measured.
@@ -81,7 +83,9 @@ class CompareJob(Job):
         self.model_config = {key: value for key, value in model.items() if key != "name"}
         self.model_name = printable(str(model.get("name") or short_class(model["class_path"])))
         self.category = printable(category_of(data, images))
-        self.data_config = {key: value for key, value in data.items() if key != "name"} if data else None
+        of_data = dict(data or {})
+        self.region = of_data.pop("region", None)
+        self.data_config = {key: value for key, value in of_data.items() if key != "name"} or None
         self.images = images
         self.seed, self.map_size, self.output, self.accelerator = seed, map_size, output, accelerator
         self.metrics = list(metrics)
@@ -94,15 +98,10 @@ class CompareJob(Job):
     def key(self) -> str:
         """Name of the job's files: readable, and another for every other configuration."""
         what = [
-            self.model_name,
-            self.category,
-            self.model_config,
-            self.data_config,
-            self.images,
-            self.seed,
-            self.map_size,
-            self.metrics,
+            *(self.model_name, self.category, self.model_config, self.data_config),
+            *(self.images, self.seed, self.map_size, self.metrics),
             *(() if self.shots is None else (self.shots,)),
+            *(() if self.region is None else ("region", self.region)),
         ]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]
         return f"{slug(self.model_name)}-{slug(self.category)}-{digest}"
@@ -119,6 +118,7 @@ class CompareJob(Job):
         """
         paths = files_named(self.model_config.get("init_args") or {})
         paths += [Path(self.images)] if self.images else []
+        paths += files_named({"region": self.region})
         if self.data_config is not None:
             arguments = dict(self.data_config.get("init_args") or {})
             arguments.setdefault("root", getattr(build_datamodule(self.data_config), "root", None))
@@ -186,8 +186,9 @@ class CompareJob(Job):
         if data is not None and self.shots is not None:
             take(data, self.shots, self.seed)
         self.tell("loading the model", 0, None)
-        model: Any = _plain_model(self.model_config, data)
-        evaluator = CompareEvaluator(self.map_size, self.metrics, self.file.parent)
+        model: Any = _plain_model(self.model_config, data, self.region)
+        region = None if self.region is None else Region(self.region)
+        evaluator = CompareEvaluator(self.map_size, self.metrics, self.file.parent, region)
         row: dict[str, Any] = {}
         with closing(evaluator.stream), self._engine(evaluator, task_id) as engine:
             start = now()
@@ -270,9 +271,11 @@ def category_of(data: Mapping[str, Any] | None, images: str | None) -> str:
     )
 
 
-def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None) -> AnomalibModule:
-    """The model without measurements and pictures of its own."""
+def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, region: object) -> AnomalibModule:
+    """The model without measurements and pictures of its own, with the region of the data if it can look at one."""
     model: Any = get_model(dict(config))
+    if region is not None and "region" in model.hparams:
+        model = get_model({**config, "init_args": {**config.get("init_args", {}), "region": region}})
     model.evaluator = model.visualizer = model.table = model.page = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_clipad.compare.evaluator import METRICS
+from anomalib_clipad.components import Region
 from anomalib_clipad.errors import InputError
 
 Config = dict[str, Any]
 ENTRY_KEYS = ("class_path", "init_args", "name")
+DATA_KEYS = (*ENTRY_KEYS, "region")
 LARGEST_SEED = 2**32 - 1  # NumPy's
 MOST_SHOTS = 10_000
 SMALLEST_MAP, LARGEST_MAP = 8, 4096
@@ -23,7 +25,8 @@ class Settings:
 
     Args:
         models: Configurations of models, with class_path and, if wanted, init_args and name.
-        data: Configurations of data modules, likewise.
+        data: Configurations of data modules, likewise; with region, what of their images is looked at. Models that take
+            a region get it; maps and labels of all models are measured inside.
         images: File or folder of unlabelled images.
         seed: Seeds of everything; a model is tried with each, and the tables have means.
         shots: Numbers of normal images to try every model with, the same images; None for the whole training split.
@@ -120,22 +123,27 @@ def _metrics(where: str, value: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _entries(where: str, value: object) -> list[Config]:
-    return [_entry(where, entry) for entry in (value if isinstance(value, (list, tuple)) else [value])]
+def _entries(*keys: str) -> Callable[[str, object], list[Config]]:
+    def read(where: str, value: object) -> list[Config]:
+        return [_entry(where, entry, keys) for entry in (value if isinstance(value, (list, tuple)) else [value])]
+
+    return read
 
 
-def _entry(where: str, value: object) -> Config:
+def _entry(where: str, value: object, keys: tuple[str, ...]) -> Config:
     if isinstance(value, str):
         value = {"class_path": value}
     config = {key: item for key, item in _mapping(f"Every entry of {where}", value).items() if item is not None}
-    if unknown := sorted(set(config) - set(ENTRY_KEYS)):
-        msg = f"An entry of {where} takes the keys {', '.join(ENTRY_KEYS)}, got {', '.join(unknown)}."
+    if unknown := sorted(set(config) - set(keys)):
+        msg = f"An entry of {where} takes the keys {', '.join(keys)}, got {', '.join(unknown)}."
         raise InputError(msg)
     if "class_path" not in config:
         msg = f"Every model and data set needs a class_path, got {config}."
         raise InputError(msg)
     for path in config["class_path"]["grid"] if _is_grid(config["class_path"]) else [config["class_path"]]:
         _text(f"class_path in {where}", path)
+    if "region" in config:
+        Region(config["region"])  # which says what is wrong with it
     if "name" in config:
         _text(f"name in {where}", config["name"])
     if "init_args" in config:
@@ -160,8 +168,8 @@ def _plain(where: str, value: object) -> None:
 
 
 READERS: dict[str, Callable[[str, object], Any]] = {
-    "models": _entries,
-    "data": _entries,
+    "models": _entries(*ENTRY_KEYS),
+    "data": _entries(*DATA_KEYS),
     "images": lambda where, value: str(_path(where, value)),
     "seed": _wholes(0, LARGEST_SEED),
     "shots": _wholes(0, MOST_SHOTS),

@@ -10,6 +10,7 @@ from anomalib_clipad.components.image_size import keep_shape
 from anomalib_clipad.components.naming_figures import NamingFigures
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.reference import ReferenceBank
+from anomalib_clipad.components.region import Region, RegionOfPictures
 from anomalib_clipad.components.representative_vector import select_representative_vector
 from anomalib_clipad.components.scores import (
     MapScale,
@@ -41,6 +42,8 @@ __all__ = [
     "PromptEnsemble",
     "ReferenceBank",
     "ReferenceFusion",
+    "Region",
+    "RegionOfPictures",
     "ScoreFusion",
     "Scores",
     "TextEncoder",

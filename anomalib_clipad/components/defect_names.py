@@ -204,9 +204,15 @@ class DefectBaseline(Float32Buffers):
         for name in self.growing:  # (words,), empty without normal images
             self.register_buffer(name, torch.empty(0))
 
-    def fit(self, evidence: torch.Tensor) -> None:
-        """Measure normal images: (k, V, N, words)."""
-        everywhere = evidence.new_ones(evidence.shape[:-1])
+    def fit(self, evidence: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Measure normal images.
+
+        Args:
+            evidence: (k, V, N, words).
+            weights: (V, N), 0 for patches that do not count; by default all do.
+        """
+        ones = evidence.new_ones(evidence.shape[:-1])
+        everywhere = ones if weights is None else ones * weights
         mean = region_means(evidence, everywhere).mean(dim=0)
         variance = region_means((evidence - mean).square(), everywhere).mean(dim=0)
         self.mean, self.std = mean, variance.sqrt().clamp(min=1e-6)

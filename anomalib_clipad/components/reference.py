@@ -137,7 +137,11 @@ class ReferenceBank(Float32Buffers):
 
     @torch.no_grad()
     def fit(
-        self, original: Sequence[torch.Tensor], images: int | None = None, places: torch.Tensor | None = None
+        self,
+        original: Sequence[torch.Tensor],
+        images: int | None = None,
+        places: torch.Tensor | None = None,
+        inside: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Take over the patches of normal images.
 
@@ -145,12 +149,12 @@ class ReferenceBank(Float32Buffers):
             original: One (turns * k * parts, N + 1, W) tensor a tap, tokens of CLIP's own path, class token first: the
                 parts of k images as they are, then of the same k images turned or flipped.
             images: Number k of images; all are images of their own by default.
-            places: (parts * N, 2), where the patches of an image's parts are, in rows and columns of patches; by
-                default an image is one part.
+            places: (parts * N, 2), rows and columns of the patches of an image's parts; by default it is one part.
+            inside: (turns * k * parts, N), true for the patches to be compared with; all by default.
 
         Returns:
             (k * parts, N) distances of every image's patches from those of the other images. A single image has no
-            others: each patch is then compared with the image's patches outside of its own 3 x 3 neighbourhood.
+            others: each patch is compared with those outside of its own 3 x 3 neighbourhood.
 
         Raises:
             InputError: If the tokens are of another shape, or not finite.
@@ -162,15 +166,13 @@ class ReferenceBank(Float32Buffers):
         images = images or original[0].shape[0] // parts
         self.patches = torch.stack([_unit(tokens) for tokens in original], dim=2).flatten(0, 1).half()
         self.means = self.patches[:0]
-        number = torch.arange(len(self.patches), device=self.patches.device)
         self._prepare()
         whole = self.bank[:, :, : images * len(places)].unflatten(2, (-1, count))  # (2, taps, k * parts, N, W)
+        number = torch.arange(len(self.patches), device=self.patches.device)
+        if inside is not None and not inside.all():
+            number = self._keep(number, inside.flatten().nonzero()[:, 0])
         if len(self.patches) > self.max_patches:
-            number = self._coreset()
-            # Of some patches the neighbours are gone, so the means are kept too.
-            means = self.bank[1].transpose(0, 1)[number].half()
-            self.patches, self.means = self.patches[number], means
-            self._prepare()
+            number = self._keep(number, self._coreset())
         places = places.to(number.device)
         owner = number // len(places) % images
         place = places[number % len(places)]
@@ -238,6 +240,12 @@ class ReferenceBank(Float32Buffers):
             images = patches.reshape(-1, self.grid[0] * self.grid[1], width)
             means = neighbourhood_means(images, self.grid).reshape(taps, -1, width)
         self.bank = torch.stack([patches, means])
+
+    def _keep(self, number: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Keep some of the patches, with their means, since neighbours of some are gone."""
+        self.patches, self.means = self.patches[chosen], self.bank[1].transpose(0, 1)[chosen].half()
+        self._prepare()
+        return number[chosen]
 
     def _coreset(self) -> torch.Tensor:
         """Numbers of the patches to keep, which are spread over all there are; the same ones each time."""

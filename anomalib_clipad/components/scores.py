@@ -165,9 +165,9 @@ class ReferenceFusion(Float32Buffers):
 
     Example:
         >>> fusion = ReferenceFusion()
-        >>> fusion.fit(torch.rand(4, 8, 8), torch.rand(4, 8, 8), torch.rand(4))
+        >>> fusion.fit(torch.rand(4, 64), torch.rand(4, 64), torch.rand(4))
         >>> anomaly_map = fusion.fuse_maps(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
-        >>> fusion.fuse_scores(torch.rand(2), fusion.map_score(anomaly_map)).shape
+        >>> fusion.fuse_scores(torch.rand(2), fusion.map_score(anomaly_map.flatten(1))).shape
         torch.Size([2])
     """
 
@@ -186,8 +186,8 @@ class ReferenceFusion(Float32Buffers):
         The logits are few, so one more, a logit away from their mean, is added to their variance.
 
         Args:
-            text_maps: (k, H, W), of the references.
-            reference_maps: (k, H, W), of each compared with the others.
+            text_maps: (k, n), of the references' n pixels.
+            reference_maps: (k, n), of each compared with the others.
             text_scores: (k,) in [0, 1].
         """
         logits = _logit(text_scores)
@@ -222,19 +222,19 @@ class ReferenceFusion(Float32Buffers):
         return (units / (1 + units.abs() / LIMIT)).sum(dim=-1)
 
     @staticmethod
-    def map_score(anomaly_map: torch.Tensor, area: int | None = None) -> torch.Tensor:
+    def map_score(values: torch.Tensor, area: int | None = None) -> torch.Tensor:
         """Mean of the largest values of a map.
 
         Args:
-            anomaly_map: (B, H, W).
-            area: Pixels of which a tenth is looked at; all by default. A tile's, where a defect is to be found that is
-                small beside the picture.
+            values: (B, n), the map's n pixels.
+            area: Pixels of which a tenth is looked at, at most all; all by default. A tile's, where a defect is to be
+                found that is small beside the picture.
 
         Returns:
             (B,).
         """
-        pixels = anomaly_map.flatten(1)
-        return pixels.topk(max(1, round(LARGEST_SHARE * (area or pixels.shape[1]))), dim=1).values.mean(dim=1)
+        looked_at = min(area or values.shape[1], values.shape[1])
+        return values.topk(max(1, round(LARGEST_SHARE * looked_at)), dim=1).values.mean(dim=1)
 
     def fuse_scores(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
         """The image score, (B,): the map's score and half of the text score's logit in its unit."""

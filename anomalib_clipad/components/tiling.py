@@ -152,7 +152,7 @@ class Tiling(Float32Buffers):
                 [images[i, :, y : y + height, x : x + width] for i, y, x in corners[start : start + batch_size]]
             )
 
-    def join(self, whole: ViewScores, tiles: ViewScores | None) -> ViewScores:
+    def join(self, whole: ViewScores, tiles: ViewScores | None, counting: torch.Tensor | None = None) -> ViewScores:
         """What was found in both, for the pictures as they are.
 
         A map is the weighted mean of the tiles' and of the whole picture's, smoothed; the tiles' counts twice. The text
@@ -161,12 +161,15 @@ class Tiling(Float32Buffers):
         Args:
             whole: Of B pictures.
             tiles: Of their B * T tiles, in the order of :meth:`tiles`; ``None`` where pictures are not cut.
+            counting: (T,), true for the tiles whose text score counts; all by default.
         """
         text_score, evidence = whole.text_score, whole.defect_evidence
         if evidence is not None:
             evidence = evidence[:, None]  # (B, 1, N, words)
         if tiles is not None:
-            text_score = (text_score + tiles.text_score.unflatten(0, (-1, len(self))).amax(dim=1)) / 2
+            scores = tiles.text_score.unflatten(0, (-1, len(self)))
+            worst = (scores if counting is None else torch.where(counting, scores, 0.0)).amax(dim=1)
+            text_score = (text_score + worst) / 2
             if evidence is not None and tiles.defect_evidence is not None:
                 evidence = torch.cat([evidence, tiles.defect_evidence.unflatten(0, (-1, len(self)))], dim=1)
         text_map = cast("torch.Tensor", self._join_maps(whole.text_map, tiles.text_map if tiles else None))

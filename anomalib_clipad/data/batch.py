@@ -27,6 +27,7 @@ class ZeroShotItem(ImageItem):
     raw_score: torch.Tensor | None = None
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
+    region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
     picture: str | None = None
 
@@ -52,6 +53,7 @@ class ZeroShotBatch(ImageBatch):
         map_score: (B,) score of the anomaly map.
         raw_score: (B,) score before the post-processor clamps it, for the metrics.
         raw_map: (B, H, W) map before the post-processor clamps it, for the metrics.
+        region: (B, H, W), true inside the region that is looked at; ``None`` where that is everything.
         p_value: (B,) share of normal images that score as high, where scores of normal images are known.
         defect_evidence: (B, V, N, words) from which a name is made when the region is known, see :class:`DefectNames`.
         picture: File of each image's picture, relative to the folder of the run.
@@ -72,6 +74,7 @@ class ZeroShotBatch(ImageBatch):
     raw_score: torch.Tensor | None = None
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
+    region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
     picture: list[str] | None = None
 

@@ -106,7 +106,7 @@ class CheckpointMixin(_Module):
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        tile_size = self.model.tile_size
+        tile_size, region = self.model.tile_size, self.model.region.given
         return {
             "model": type(self).__name__,
             "backbone": str(self.hparams.get("backbone")),
@@ -114,6 +114,7 @@ class CheckpointMixin(_Module):
             "layers": list(self.model.visual.layers),
             "image_size": list(self.model.image_size),
             "tiles": None if tile_size is None else [*tile_size, self.model.tile_overlap],
+            "region": None if region is None else region.digest,
         }
 
     @classmethod
@@ -145,8 +146,9 @@ class CheckpointMixin(_Module):
         prompts = checkpoint["hyper_parameters"].get("prompts")
         if isinstance(prompts, PromptEnsemble):
             checkpoint["hyper_parameters"]["prompts"] = asdict(prompts)
-        if checkpoint["hyper_parameters"].get("few_shot_source") is not None:
-            checkpoint["hyper_parameters"]["few_shot_source"] = str(checkpoint["hyper_parameters"]["few_shot_source"])
+        for name in ("few_shot_source", "region"):  # paths become texts, which any reader takes
+            if isinstance(checkpoint["hyper_parameters"].get(name), Path):
+                checkpoint["hyper_parameters"][name] = str(checkpoint["hyper_parameters"][name])
         fitted = self.trainer.state.fn == TrainerFn.FITTING
         checkpoint[IDENTITY] = {**self.identity(), "class_names": list(self.model.class_names), "fitted": fitted}
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from anomalib_clipad.components import DefectName, NamingFigures, region_weights
@@ -48,12 +47,15 @@ class DefectNaming(ScoredBatches):
         if evidence is None or batch.pred_label is None:
             return
         rows = batch.pred_label.bool().nonzero()[:, 0]
-        anomaly_map = map_on_the_scale(cast("torch.Tensor", batch.anomaly_map)[rows], model)
+        anomaly_map = map_on_the_scale(batch, model)[rows]
         mask = None if batch.pred_mask is None else batch.pred_mask[rows].bool()
         class_index = None if batch.class_index is None else batch.class_index[rows]
         names: list[DefectName | None] = [None] * len(evidence)
         if len(rows):
-            named = network.name_defects(evidence[rows], region_weights(anomaly_map, mask), class_index)
+            weights = region_weights(anomaly_map, mask)
+            if batch.region is not None:
+                weights = weights * batch.region[rows]
+            named = network.name_defects(evidence[rows], weights, class_index)
             for row, name in zip(rows.tolist(), named, strict=True):
                 names[row] = name
         batch.explanation = ["" if name is None else name.explanation for name in names]

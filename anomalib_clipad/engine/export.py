@@ -125,8 +125,8 @@ class WholeExportMixin(ExportMixin):
             The ``.xml`` file.
 
         Raises:
-            InputError: If the model is untrained, a package is missing, the files cannot be written, or INT8_ACQ is
-                asked for.
+            InputError: If the model is untrained, a package is missing, the files cannot be written, INT8_ACQ is
+                asked for, or INT8_PTQ of a model that cuts tiles.
         """
         _check_arguments(export_root, model_file_name, input_size)
         if compression_type is not None and compression_type not in list(CompressionType):
@@ -135,6 +135,9 @@ class WholeExportMixin(ExportMixin):
             raise InputError(msg)
         if compression_type == CompressionType.INT8_ACQ:
             msg = "INT8_ACQ is not offered: NNCF fails as soon as it has to restore a part of this model; use INT8_PTQ."
+            raise InputError(msg)
+        if compression_type == CompressionType.INT8_PTQ and len(cast("Any", self.model).tiling):
+            msg = "INT8_PTQ is not offered with tile_size: OpenVINO cannot run what comes out; use INT8 or FP16."
             raise InputError(msg)
         compressor = ["nncf"] if compression_type and compression_type != CompressionType.FP16 else []
         _check_packages("openvino", "openvino", *ONNX_PACKAGES, *compressor)

@@ -7,15 +7,21 @@ sigmoid to those batches whose scores leave [0, 1], which would make a figure de
 """
 
 import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
-from anomalib.metrics import AUPRO, AnomalibMetric, BinaryPrecisionRecallCurve, Evaluator, F1Max, F1Score
+import torch
+from anomalib import metrics as anomalib_metrics
+from anomalib.metrics import AnomalibMetric, BinaryPrecisionRecallCurve, Evaluator
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchmetrics import Metric
 from torchmetrics.aggregation import MaxMetric, MinMetric
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+
+from anomalib_clipad.data.inside import inside_only
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +30,66 @@ PIXEL_FIELDS = ("raw_map", "gt_mask")
 GROUND_TRUTH = ("gt_label", "gt_mask")
 
 
-class AUROC(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAUROC):  # type: ignore[misc]  # anomalib's way of mixing
+class InsideMixin:
+    """A metric that, of pixels, measures those that are inside a batch's region."""
+
+    fields: Sequence[str]
+
+    def update(self, batch: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - anomalib's
+        """Update with a batch."""
+        seen = inside_only(batch, self.fields) if "gt_mask" in self.fields else batch
+        super().update(seen, *args, **kwargs)  # type: ignore[misc]  # of the class that it is mixed into
+
+
+class F1Max(InsideMixin, anomalib_metrics.F1Max):  # type: ignore[misc]  # anomalib's way of mixing
+    """anomalib's, inside a batch's region.
+
+    Example:
+        >>> F1Max(fields=IMAGE_FIELDS).name
+        'F1Max'
+    """
+
+
+class F1Score(InsideMixin, anomalib_metrics.F1Score):  # type: ignore[misc]  # as above
+    """anomalib's, inside a batch's region.
+
+    Example:
+        >>> F1Score(fields=["pred_label", "gt_label"]).name
+        'F1Score'
+    """
+
+
+class AUPRO(anomalib_metrics.AUPRO):
+    """anomalib's, inside a batch's region: what is outside is neither a defect nor a false positive.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> left, maps = torch.tensor([[[True, True, False]]]), torch.tensor([[[0.9, 0.1, 0.5]]])
+        >>> metric = AUPRO(fields=PIXEL_FIELDS, fpr_limit=1.0)
+        >>> metric.update(SimpleNamespace(raw_map=maps, gt_mask=maps > 0.8, region=left))
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    def update(self, batch: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # noqa: ANN401 - anomalib's
+        """Update with a batch; regions of defects need whole masks, so what is outside is marked in the map."""
+        region = getattr(batch, "region", None)
+        if region is not None:
+            scores, masks = (getattr(batch, name, None) for name in self.fields)
+            if scores is not None and masks is not None:
+                region = region.reshape(scores.shape)
+                values = (torch.where(region, scores, -torch.inf), masks.bool() & region)
+                batch = SimpleNamespace(**dict(zip(self.fields, values, strict=True)))
+        super().update(batch, *args, **kwargs)
+
+    def compute_pro(self, cca: torch.Tensor, preds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`anomalib.metrics.AUPRO.compute_pro`."""
+        inside = preds != -torch.inf
+        return super().compute_pro(cca.reshape(preds.shape)[inside], preds[inside])
+
+
+class AUROC(InsideMixin, AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAUROC):  # type: ignore[misc]  # as above
     """Area under the ROC curve of scores of any range.
 
     Example:
@@ -38,7 +103,7 @@ class AUROC(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAUROC):  # type: i
     """
 
 
-class AP(AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAveragePrecision):  # type: ignore[misc]  # as above
+class AP(InsideMixin, AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAveragePrecision):  # type: ignore[misc]  # as above
     """Average precision (step-wise area under the precision-recall curve) of scores of any range.
 
     Example:
@@ -79,7 +144,7 @@ class PaperEvaluator(Evaluator):
         """Update the metrics, and what is known of the ground truth."""
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
         for key, extremes in self._extremes.items():
-            truth = getattr(batch, key)
+            truth = getattr(inside_only(batch, [key]) if key == "gt_mask" else batch, key)
             for extreme in cast("list[Any]", extremes) if truth is not None else ():
                 extreme.update(truth.float())
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from anomalib_clipad.components import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.defect_naming import DefectNaming
@@ -31,6 +32,7 @@ from anomalib_clipad.engine.normal_images import NormalImagesMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.engine.region import RegionMixin
 from anomalib_clipad.engine.run_folder import RunFolder, check_root
 from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
@@ -46,7 +48,9 @@ logger = logging.getLogger(__name__)
 FALLBACK_CLASS = "object"
 
 
-class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module):  # type: ignore[misc]  # anomalib renames to_onnx's argument
+class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument
+    AutomaticSizeMixin, RegionMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module
+):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
     class_name: str | None
@@ -88,6 +92,8 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
             post_processor = ClipAdPostProcessor()
         if isinstance(post_processor, ClipAdPostProcessor) and post_processor.map_scale is None:
             post_processor.map_scale = network.map_scale
+        if isinstance(post_processor, ClipAdPostProcessor):
+            post_processor.region = network.region
         return pre_processor, post_processor
 
     @staticmethod
@@ -247,6 +253,8 @@ class ZeroShotMixin(AutomaticSizeMixin, SinglePassMixin, NormalImagesMixin, Chec
         ours.features = None  # not to be drawn, nor kept with the predictions
         ours.update(**self.model.predictions(scores)._asdict())
         ours.raw_score, ours.defect_evidence = ours.pred_score, scores.defect_evidence
+        ours.region = self.model.region.of(scores.anomaly_map)
+        cut_ground_truth(ours)
         return ours
 
     def _scores(self, batch: ZeroShotBatch) -> Scores:

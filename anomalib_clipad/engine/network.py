@@ -15,6 +15,7 @@ from anomalib_clipad.components import (
     PromptEnsemble,
     ReferenceBank,
     ReferenceFusion,
+    RegionOfPictures,
     ScoreFusion,
     Scores,
     TextEncoder,
@@ -39,6 +40,7 @@ class ZeroShotNetwork(Protocol):
         image_size: Height and width of the input in pixels.
         tile_size: Height and width of the tiles that the input is cut into; ``None`` if it is not.
         tile_overlap: Share of a tile that the next one covers, too.
+        region: What of the input is looked at.
         mean: Mean of the input's channels.
         std: Standard deviation of the input's channels.
     """
@@ -56,6 +58,7 @@ class ZeroShotNetwork(Protocol):
     image_size: tuple[int, int]
     tile_size: tuple[int, int] | None
     tile_overlap: float
+    region: RegionOfPictures
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -86,6 +89,9 @@ class ZeroShotNetwork(Protocol):
         self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
     ) -> list[DefectName]:
         """Name what is in regions of images."""
+
+    def fit_defect_baseline(self, evidence: torch.Tensor) -> None:
+        """Let the words' evidence on normal images be their zero."""
 
     def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
         """Compare all further images with these, and score these, each compared with the others."""

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
@@ -150,6 +150,10 @@ class NormalImagesMixin(_Module):
     def _wants_references(self) -> bool:
         return bool(self.k_shot or self.few_shot_source)
 
+    def check_region(self, datasets: Iterable[Any]) -> None:
+        """Refuse pictures that a region's mask does not fit; for the models to fill."""
+        raise NotImplementedError
+
     def prepare_normal_images(self, datamodule: AnomalibDataModule | None) -> None:
         """Take references, and set thresholds from the scores of normal images, where this is asked for.
 
@@ -189,7 +193,9 @@ class NormalImagesMixin(_Module):
             return training, none
         if len(training):
             logger.info("References are taken from %s, not from the training split.", self.few_shot_source)
-        return NormalImages.of_folder(self.few_shot_source, transform), none if rate is None else training
+        references = NormalImages.of_folder(self.few_shot_source, transform)
+        self.check_region([_Files(references.paths)])
+        return references, none if rate is None else training
 
     def _take(self, references: NormalImages, others: NormalImages, post_processor: ClipAdPostProcessor | None) -> None:
         images, used = iter(references), 0
@@ -205,7 +211,7 @@ class NormalImagesMixin(_Module):
             scored += self._score(chain(images, others), len(references) - used + len(others))
         evidence = [scores.defect_evidence for scores in scored if scores.defect_evidence is not None]
         if evidence:
-            self.model.defect_names.baseline.fit(torch.cat(evidence))
+            self.model.fit_defect_baseline(torch.cat(evidence))
         post_processor.set_from_normal(self.model, scored, references=used)
 
     def _choose(self, images: Iterator[torch.Tensor], available: int) -> list[torch.Tensor]:

@@ -164,14 +164,15 @@ def _scores(batch: ZeroShotBatch, model: LightningModule) -> list[float]:
 def _drawn(verdict: Verdict, item: ZeroShotItem, score: float, model: LightningModule, folder: Path) -> PageImage:
     path, heat = Path(verdict.path), None
     if item.anomaly_map is not None:
-        anomaly_map = map_on_the_scale(cast("torch.Tensor", item.anomaly_map), model)
+        anomaly_map = map_on_the_scale(item, model)
         heat = write_heat_layer(anomaly_map.detach().float().cpu().squeeze().numpy(), path, folder)
+    region = None if item.region is None else item.region.cpu().numpy()
     raw = "" if item.raw_score is None else f"{float(item.raw_score):.6g}"
     return PageImage(
         path=verdict.path,
         category=verdict.class_name or "",
         truth=None if verdict.truth is None else int(verdict.truth),
         findings={_name(model): Finding(score, raw, heat, verdict.p_value, verdict.explanation)},
-        thumbnail=write_thumbnail(path, folder) if item.image_path else None,
+        thumbnail=write_thumbnail(path, folder, region) if item.image_path else None,
         original=original_for_browsers(path, folder),
     )

@@ -16,8 +16,10 @@ from torchmetrics.aggregation import CatMetric
 
 from anomalib_clipad.components.conformal import conformal_threshold, p_values
 from anomalib_clipad.components.float32 import Float32Buffers
+from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import MapScale, Prediction, Scores
-from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.data.inside import inside_only
 from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.threshold_messages import announce, warn_of_degenerate, warn_of_one_label
@@ -79,6 +81,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             pixel_sensitivity=pixel_sensitivity,
         )
         self.map_scale = map_scale
+        self.region: RegionOfPictures | None = None  # that of the model it is given to
         self.false_alarm_rate = false_alarm_rate
         self.register_buffer("good_scores", torch.empty(0))  # image scores of normal images, ascending
         # Normal images from outside of the validation data: _summary, and 1 for a reference. A buffer, since it belongs
@@ -96,7 +99,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
                 that one reference fewer changes little; it rather raises the threshold.
             references: How many of them are references.
         """
-        summary = torch.cat([_summary(scores) for scores in scored])
+        summary = torch.cat([_summary(scores, network.region) for scores in scored])
         is_reference = torch.arange(len(summary), device=summary.device) < references
         self.normal = torch.cat([summary, is_reference[:, None]], dim=1).to(self.normal)
         self._set_conformal(network, self.normal)
@@ -113,9 +116,9 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         del pl_module, args, kwargs
         if outputs.gt_label is None or trainer.state.fn == TrainerFn.FITTING:
             return  # nothing to learn a threshold from, or not the data that thresholds are for
-        self._validated.update(_summary(outputs))
+        self._validated.update(_summary(outputs, self.region))
         self._labels.update(outputs.gt_label)
-        self._pixel_threshold_metric.update(outputs)
+        self._pixel_threshold_metric.update(inside_only(outputs, self._pixel_threshold_metric.fields))
         self._pixel_min_max_metric.update(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -211,16 +214,20 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
 
         Returns:
             Scores and maps in [0, 1]; labels and masks by threshold where one is known, else by rule. What is not a
-            number is anomalous.
+            number is anomalous. Outside of a region the map is 0, and nothing is marked.
         """
         score, anomaly_map, *_ = predictions
+        region = None if self.region is None else self.region.inside
         shown_score = self._shown("image", score, score.clamp(0, 1))
         by_rule = anomaly_map if self.map_scale is None else self.map_scale.squash(anomaly_map)
         shown_map = self._shown("pixel", anomaly_map, by_rule)
+        if region is not None:
+            shown_map = torch.where(region, shown_map, 0.0)
         label = mask = None
         if self.enable_thresholding:
             label = ~(shown_score <= 1 - self.image_sensitivity)
             mask = ~(shown_map <= 1 - self.pixel_sensitivity)
+            mask = mask if region is None else mask & region
         if self.enable_normalization:
             score, anomaly_map = shown_score, shown_map
         return InferenceBatch(score, label, anomaly_map, mask)
@@ -245,30 +252,38 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _summary(scores: Scores | ZeroShotBatch) -> torch.Tensor:
-    """(B, 4) of a batch: text score, map score, largest and mean map value."""
+def _summary(scores: Scores | ZeroShotBatch, region: RegionOfPictures | None) -> torch.Tensor:
+    """(B, 4) of a batch: text score, map score, largest and mean map value inside a region."""
     maps = cast("torch.Tensor", scores.anomaly_map)
+    if region is not None and region.inside is not None:
+        maps = region.values(maps)[:, None]
     largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
     text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
     return torch.stack([text, whole, largest, mean], dim=1).float()
 
 
-def map_on_the_scale(anomaly_map: torch.Tensor, model: LightningModule) -> torch.Tensor:
-    """A map in [0, 1], 0.5 at the threshold; by the model's own rule where no post-processor has brought it there.
+def map_on_the_scale(of: ZeroShotBatch | ZeroShotItem, model: LightningModule) -> torch.Tensor:
+    """Maps in [0, 1], 0.5 at the threshold; by the model's own rule where no post-processor has brought them there.
 
     Args:
-        anomaly_map: Of any shape, as the batch has it at the end of a step.
-        model: The one that made it.
+        of: A batch, or an item, at the end of a step.
+        model: The one that has scored it.
+
+    Returns:
+        Its maps, 0 outside of a region.
 
     Example:
         >>> from anomalib_clipad import ClipAdSdp
         >>> model = ClipAdSdp("nut", small_clip, post_processor=False)
-        >>> map_on_the_scale(torch.zeros(1), model)
-        tensor([0.5000])
+        >>> map_on_the_scale(ZeroShotItem(image=torch.zeros(3, 1, 2), anomaly_map=torch.zeros(1, 2)), model)
+        tensor([[0.5000, 0.5000]])
     """
     post_processor = getattr(model, "post_processor", None)
     shown = isinstance(post_processor, PostProcessor) and post_processor.enable_normalization
     if shown and not isinstance(post_processor, ClipAdPostProcessor):
         shown = not cast("PostProcessor", post_processor).pixel_min.isnan()
     scale = getattr(model.model, "map_scale", None)
-    return anomaly_map if shown or scale is None else scale.squash(anomaly_map)
+    anomaly_map = cast("torch.Tensor", of.anomaly_map)
+    if not shown and scale is not None:
+        anomaly_map = scale.squash(anomaly_map)
+    return anomaly_map if of.region is None else torch.where(of.region.reshape(anomaly_map.shape), anomaly_map, 0.0)

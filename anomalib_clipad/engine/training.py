@@ -107,12 +107,13 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
                 "sdp_plus_train_visa.yaml."
             )
             raise InputError(msg)
-        if self.model.tile_size is not None:
-            msg = (
-                "SDP+ is trained on whole pictures, since its layers look at single patches; train without tile_size, "
-                "and give the layers as adapter to a model with tiles."
-            )
-            raise InputError(msg)
+        for name, found in (("tile_size", self.model.tile_size), ("region", self.model.region.given)):
+            if found is not None:
+                msg = (
+                    "SDP+ is trained on whole pictures, since its layers look at single patches; train without "
+                    f"{name}, and give the layers as adapter to a model with {name}."
+                )
+                raise InputError(msg)
         self.trained_on = list(data.class_names)
         self.model.set_classes(data.class_names)
         data.cache(self._taps, f"{self.fingerprint} {self.model.visual.layers} {self.model.image_size}")

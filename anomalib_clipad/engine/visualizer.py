@@ -82,12 +82,13 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
         by_threshold = item.pred_mask is not None and isinstance(post_processor, PostProcessor)
         return inspection_picture(
             self._image(item, model),
-            None if item.anomaly_map is None else _plane(map_on_the_scale(item.anomaly_map, model)),
+            None if item.anomaly_map is None else _plane(map_on_the_scale(item, model)),
             verdict,
             self._names.below(verdict.path),
             None if item.pred_mask is None else _plane(item.pred_mask).astype(bool),
             None if item.gt_mask is None else _plane(item.gt_mask).astype(bool),
             1 - cast("PostProcessor", post_processor).pixel_sensitivity if by_threshold else None,
+            None if item.region is None else _plane(item.region),
         )
 
     def _image(self, item: ZeroShotItem, model: LightningModule) -> Image.Image:

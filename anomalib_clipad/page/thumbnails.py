@@ -10,7 +10,7 @@ from PIL import Image
 
 from anomalib_clipad.data.readable import DEEP, is_rotated
 from anomalib_clipad.files import relative_path, replacing
-from anomalib_clipad.pictures.heatmap import heat_layer
+from anomalib_clipad.pictures.heatmap import dimmed, heat_layer
 from anomalib_clipad.pictures.image_file import read_picture
 
 logger = logging.getLogger(__name__)
@@ -21,12 +21,13 @@ THUMBNAILS, HEAT = "report_files/thumbnails", "report_files/heat"
 BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
 
-def write_thumbnail(image: Path, folder: Path) -> str | None:
+def write_thumbnail(image: Path, folder: Path, region: np.ndarray | None = None) -> str | None:
     """Write a small copy of an image, in its own shape and as it is stored, unless there is one that is newer.
 
     Args:
         image: The image's file, of any of Pillow's formats; deep ones are scaled as the models see them.
         folder: Folder of the page.
+        region: (H, W), true where the image was looked at; the rest is pale. None for everywhere.
 
     Returns:
         Path of a JPEG relative to ``folder``, of at most 240 pixels on its longer side; None for an unreadable image.
@@ -48,6 +49,8 @@ def write_thumbnail(image: Path, folder: Path) -> str | None:
     except Exception as error:  # noqa: BLE001 - whatever a file's bytes make a decoder raise
         logger.warning("No thumbnail of %s, which cannot be read any more (%s).", image, error)
         return None
+    if region is not None:
+        small = dimmed(small, region)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
         small.save(draft, quality=QUALITY)

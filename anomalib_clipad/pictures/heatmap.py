@@ -21,6 +21,7 @@ LINE = 2  # pixels of each of the two lines of an outline
 NOT_FINITE = (128, 128, 128, 200)  # red, green, blue, opacity
 PREDICTED = (255, 255, 255)
 GROUND_TRUTH = (0, 220, 255)
+DIM, DIMMED = (255, 255, 255), 0.65  # what is not looked at is covered by this colour, of this opacity
 
 
 @cache
@@ -112,6 +113,28 @@ def outline(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int] =
         pixels[window][part & ~ndimage.minimum_filter(part, reach, mode="nearest")] = colour
         pixels[window][ndimage.maximum_filter(part, reach, mode="nearest") & ~part] = (0, 0, 0)
     return Image.fromarray(pixels)
+
+
+def dimmed(image: Image.Image, region: np.ndarray) -> Image.Image:
+    """An image that is pale where it is not looked at.
+
+    Args:
+        image: Of any mode.
+        region: (H, W), true where it is looked at; it is brought to the image's size.
+
+    Returns:
+        A picture of mode ``RGB``.
+
+    Example:
+        >>> drawn = dimmed(Image.new("RGB", (4, 2)), np.array([[True, False]]))
+        >>> drawn.getpixel((0, 0)), drawn.getpixel((3, 0))
+        ((0, 0, 0), (166, 166, 166))
+    """
+    cover = np.where(np.asarray(region).astype(bool), 0, round(255 * DIMMED)).astype(np.uint8)
+    opacity = Image.fromarray(cover).resize(image.size, Image.Resampling.NEAREST)
+    pale = image.convert("RGB")
+    pale.paste(DIM, mask=opacity)
+    return pale
 
 
 def legend(width: int = 240, threshold: float | None = THRESHOLD) -> Image.Image:

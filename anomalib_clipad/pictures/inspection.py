@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from anomalib_clipad.data.verdict import Verdict
-from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, THRESHOLD, legend, outline, overlay
+from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, THRESHOLD, dimmed, legend, outline, overlay
 from anomalib_clipad.pictures.text import fitted, font, lettering, wrapped
 
 MARGIN, GAP = 14, 10
@@ -41,6 +41,7 @@ def inspection_picture(
     pred_mask: np.ndarray | None = None,
     gt_mask: np.ndarray | None = None,
     map_threshold: float | None = THRESHOLD,
+    region: np.ndarray | None = None,
 ) -> Image.Image:
     """Draw what is known of one image.
 
@@ -52,6 +53,7 @@ def inspection_picture(
         pred_mask: (H, W), true where marked; its outline is drawn on the heatmap.
         gt_mask: (H, W), true where anomalous; its outline is drawn on the image, if it has any.
         map_threshold: Where the legend marks the threshold of the mask; None for none.
+        region: (H, W), true where the image was looked at; the rest is pale. None for everywhere.
 
     Returns:
         A picture of mode ``RGB``, whose outermost pixels are background.
@@ -62,6 +64,8 @@ def inspection_picture(
         >>> drawn.size, drawn.getpixel((0, 0))
         ((638, 366), (255, 255, 255))
     """
+    if region is not None:
+        image = dimmed(image, region)
     panels = list(_panels(image, anomaly_map, pred_mask, gt_mask))
     stacked = image.width > STACKED * image.height
     cell = max(image.width, NARROWEST_PANEL)
@@ -70,6 +74,8 @@ def inspection_picture(
     facts = list(_facts(verdict))
     if anomaly_map is not None and not np.isfinite(anomaly_map).all():
         facts.append("grey: the map is not a number")
+    if region is not None:
+        facts.append("pale: outside of the region")
     pieces, y = _header(name or Path(verdict.path).name, verdict, facts, content)
 
     pasted = []

@@ -1,5 +1,6 @@
 """A few normal images that a network compares all further ones with, too."""
 
+import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -11,9 +12,12 @@ from anomalib_clipad.components import (
     DualPathFeatures,
     ReferenceBank,
     ReferenceFusion,
+    RegionOfPictures,
+    ScoreFusion,
     Scores,
     Tiling,
 )
+from anomalib_clipad.components.defect_names import DefectName
 from anomalib_clipad.components.reference import ReferenceTokens, turns
 from anomalib_clipad.components.tiling import ViewScores
 from anomalib_clipad.errors import InputError
@@ -29,7 +33,9 @@ class FewShotNetwork(ClassTextFeatures):
     grid: tuple[int, int]
     references: ReferenceBank
     tile_references: ReferenceBank
+    fusion: ScoreFusion
     reference_fusion: ReferenceFusion
+    region: RegionOfPictures
 
     @staticmethod
     def check_size(images: torch.Tensor, size: tuple[int, int]) -> None:
@@ -55,9 +61,27 @@ class FewShotNetwork(ClassTextFeatures):
         """One map and two scores; for the subclass to fill."""
         raise NotImplementedError
 
+    def fuse(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+        """One score an image from two, (B,) each."""
+        if self.references.fitted:
+            return self.reference_fusion.fuse_scores(text_score, map_score)
+        return self.fusion(text_score, map_score)
+
+    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor) -> None:
+        """Take the ranges of both scores from labelled validation images; with references they are not needed."""
+        if not self.references.fitted:
+            self.fusion.fit(text_score, map_score)
+
+    @property
+    def score_limits(self) -> tuple[float, float]:
+        """Between what an image's score lies, as a rule: with references it counts units above a normal image."""
+        return (0.0, math.inf) if self.references.fitted else (0.0, 1.0)
+
     @torch.no_grad()
     def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
         """Compare all further images with these normal ones, too.
+
+        With a region, what is outside of it counts for nothing, also where images are turned.
 
         Args:
             images: Batches (b, 3, H, W) of normal images of the first class, as :meth:`forward` takes them.
@@ -73,7 +97,8 @@ class FewShotNetwork(ClassTextFeatures):
         whole, tiles = _Gathered(), _Gathered()
         for batch in images:
             self.check_size(batch, self.image_size)
-            for turn, turned in enumerate(turns(batch) if augment else [batch]):
+            filled = self.region.fill(batch)
+            for turn, turned in enumerate(turns(filled) if augment else [filled]):
                 self._gather([self.tiling.whole(turned)], turn, whole)
                 self._gather(self.tiling.tiles(turned, self.tile_batch_size), turn, tiles)
         if not whole.seen:
@@ -81,15 +106,44 @@ class FewShotNetwork(ClassTextFeatures):
             raise InputError(msg)
         with torch.autocast(self.text_features.device.type, enabled=False):
             count = sum(len(seen.text_score) for seen in whole.seen)
-            seen = self._fit(self.references, whole, count)
-            places = self.tiling.places(self.grid)
-            joined = self.tiling.join(
-                seen, self._fit(self.tile_references, tiles, count, places) if tiles.seen else None
+            inside = self._patches_inside(augment)
+            of_tiles = None
+            if tiles.seen:
+                of_tiles = self._fit(self.tile_references, tiles, count, inside, self.tiling.places(self.grid))
+            joined = self.tiling.join(self._fit(self.references, whole, count, inside), of_tiles, self.region.tiles)
+            text_map, reference_map = (
+                self.region.values(maps) for maps in (joined.text_map, cast("torch.Tensor", joined.reference_map))
             )
-            self.reference_fusion.fit(joined.text_map, cast("torch.Tensor", joined.reference_map), joined.text_score)
+            self.reference_fusion.fit(text_map, reference_map, joined.text_score)
             if joined.defect_evidence is not None:
-                self.defect_names.baseline.fit(joined.defect_evidence)
+                self.fit_defect_baseline(joined.defect_evidence)
             return self.joined_scores(joined)
+
+    def name_defects(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> list[DefectName]:
+        """Name what is in regions of images.
+
+        Args:
+            evidence: (B, V, N, words), ``defect_evidence`` of :meth:`scores`.
+            weights: (B, H, W) of the pixels, see :func:`anomalib_clipad.components.region_weights`.
+            class_index: See :meth:`forward`.
+        """
+        patches = self.tiling.patch_means(weights, self.grid, self.tile_batch_size)
+        return cast("list[DefectName]", self.defect_names(evidence, patches, class_index))
+
+    def fit_defect_baseline(self, evidence: torch.Tensor) -> None:
+        """Let the words' evidence on normal images, (k, V, N, words), be their zero."""
+        inside = self._patches_inside()
+        self.defect_names.baseline.fit(evidence, None if inside is None else inside[0])
+
+    def _patches_inside(self, augment: bool = False) -> torch.Tensor | None:
+        """(turns, V, N), true for patches of the whole picture and its tiles that are inside the region in part."""
+        if self.region.inside is None:
+            return None
+        pixels = self.region.inside[None, None].float()
+        views = torch.cat([turned[:, 0] for turned in (turns(pixels) if augment else [pixels])])
+        return self.tiling.patch_means(views, self.grid, self.tile_batch_size) > 0
 
     def _gather(self, views: Iterable[torch.Tensor], turn: int, gathered: "_Gathered") -> None:
         for view in views:
@@ -99,9 +153,17 @@ class FewShotNetwork(ClassTextFeatures):
                 gathered.seen.append(self.compare(features))
 
     def _fit(
-        self, bank: ReferenceBank, gathered: "_Gathered", images: int, places: torch.Tensor | None = None
+        self,
+        bank: ReferenceBank,
+        gathered: "_Gathered",
+        images: int,
+        inside: torch.Tensor | None,
+        places: torch.Tensor | None = None,
     ) -> ViewScores:
-        distances = bank.fit(gathered.tokens.taps(), images, places)
+        if inside is not None:
+            parts = inside[:, :1] if places is None else inside[:, 1:]  # (turns, parts, N)
+            inside = parts[:, None].expand(-1, images, -1, -1).flatten(0, 2)
+        distances = bank.fit(gathered.tokens.taps(), images, places, inside)
         return ViewScores.cat(gathered.seen)._replace(reference_map=self.enlarge_patches(distances))
 
 

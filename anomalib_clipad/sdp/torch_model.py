@@ -6,6 +6,7 @@ CLIP-AD (arXiv 2311.00453), section 3. Nothing is trained.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
+from pathlib import Path
 from typing import cast
 
 import open_clip
@@ -20,16 +21,18 @@ from anomalib_clipad.components import (
     PromptEnsemble,
     ReferenceBank,
     ReferenceFusion,
+    Region,
+    RegionOfPictures,
     TextEncoder,
     Tiling,
     feature_surgery,
     keep_shape,
     open_backbone,
 )
-from anomalib_clipad.components.defect_names import DefectName
 from anomalib_clipad.components.defect_words import Defects
 from anomalib_clipad.components.image_size import parse_image_size
 from anomalib_clipad.components.reference import MOST_PATCHES
+from anomalib_clipad.components.region import Boxes
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
 from anomalib_clipad.components.text_cache import TextVectorCache
@@ -59,6 +62,8 @@ class ClipAdSdpModel(FewShotNetwork):
             :class:`anomalib_clipad.components.Tiling` and :meth:`scores`.
         tile_overlap: Share of a tile that the next one covers, too, at least.
         tile_batch_size: Most tiles that go through the tower at once.
+        region: What is looked at: path of a mask picture, whose white counts, or boxes [left, top, right, bottom] in
+            fractions of width and height; everything by default. See :meth:`scores`.
         max_references: Most patches of references a tap, see :class:`anomalib_clipad.components.ReferenceBank`.
         defects: Words for what is found, see :class:`anomalib_clipad.components.DefectNames` and :meth:`name_defects`.
         clip: A ready open_clip model to use instead of loading one. Its vision tower is frozen and set to eval mode in
@@ -94,6 +99,7 @@ class ClipAdSdpModel(FewShotNetwork):
         tile_size: int | tuple[int, int] | None = None,
         tile_overlap: float = 0.25,
         tile_batch_size: int = 8,
+        region: str | Path | Boxes | None = None,
         max_references: int = MOST_PATCHES,
         defects: Defects = None,
         clip: nn.Module | None = None,
@@ -115,6 +121,7 @@ class ClipAdSdpModel(FewShotNetwork):
         self.fusion = ScoreFusion(self.map_scale)
         self.reference_fusion = ReferenceFusion()
         self._sigma, self._max_references = sigma, max_references
+        self.region = RegionOfPictures(None if region is None else Region(region))
         check_tiles(image_size, tile_size, tile_overlap, tile_batch_size)
         sizes = self.visual.image_size, self.visual.patch_size
         self.tile_size = None if tile_size is None else parse_image_size(tile_size, *sizes)
@@ -135,7 +142,7 @@ class ClipAdSdpModel(FewShotNetwork):
             image_size: Height and width in pixels, multiples of the patch size where images are not cut into tiles.
 
         Raises:
-            InputError: If it is none.
+            InputError: If it is none, or a region leaves nothing of such images.
         """
         view_size = self.tile_size or image_size
         self.grid = self.visual.grid(view_size, "tile_size" if self.tile_size else "image_size")
@@ -143,6 +150,8 @@ class ClipAdSdpModel(FewShotNetwork):
         self.sigma = PAPER_SIGMA * math.sqrt(math.prod(view_size)) / PAPER_SIZE if self._sigma is None else self._sigma
         device = self.text_features.device
         self.tiling = Tiling(image_size, view_size, self.tile_overlap, self.sigma).to(device)
+        self.region.lie_in(self.tiling, self.tile_batch_size)
+        self.region.to(device)
         self.references, self.tile_references = (
             ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, self._max_references).to(device)
             for _ in range(2)
@@ -177,7 +186,8 @@ class ClipAdSdpModel(FewShotNetwork):
 
         Returns:
             The map, its two scores, and both as one, see :class:`anomalib_clipad.components.ScoreFusion`, or with
-            references :class:`anomalib_clipad.components.ReferenceFusion`.
+            references :class:`anomalib_clipad.components.ReferenceFusion`. With a region, where it is; the map outside
+            of it is its least value inside, which the post-processor shows as 0.
 
         Raises:
             InputError: If no class is set, or the images or the index are of another shape or type.
@@ -189,29 +199,19 @@ class ClipAdSdpModel(FewShotNetwork):
         fused = self.fuse(scores.text_score, scores.map_score)
         return Prediction(fused, scores.anomaly_map, scores.text_score, scores.map_score)
 
-    def fuse(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
-        """One score an image from two, (B,) each."""
-        if self.references.fitted:
-            return self.reference_fusion.fuse_scores(text_score, map_score)
-        return self.fusion(text_score, map_score)
-
-    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor) -> None:
-        """Take the ranges of both scores from labelled validation images; with references they are not needed."""
-        if not self.references.fitted:
-            self.fusion.fit(text_score, map_score)
-
-    @property
-    def score_limits(self) -> tuple[float, float]:
-        """Between what an image's score lies, as a rule: with references it counts units above a normal image."""
-        return (0.0, math.inf) if self.references.fitted else (0.0, 1.0)
-
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
-        """The map and the two scores of images, see :meth:`forward` and :meth:`Tiling.join`."""
+        """The map and the two scores of images, see :meth:`forward` and :meth:`Tiling.join`.
+
+        With a region, they are those of images whose outside is made of the nearest pixels inside: the text score is
+        that of such an image, and of the tiles of which half is inside, or the most where half of none is. The map's
+        score is made of pixels inside.
+        """
         self.check_size(images, self.image_size)
+        images = self.region.fill(images)
         whole = self._look(self.tiling.whole(images), self.references, class_index)
         tiles = self._look_at_tiles(images, class_index) if len(self.tiling) else None
         with torch.autocast(self.text_features.device.type, enabled=False):
-            return self.joined_scores(self.tiling.join(whole, tiles))
+            return self.joined_scores(self.tiling.join(whole, tiles, self.region.tiles))
 
     def _look_at_tiles(self, images: torch.Tensor, class_index: torch.Tensor | None) -> ViewScores:
         indices: Iterable[torch.Tensor | None] = repeat(None)
@@ -244,7 +244,7 @@ class ClipAdSdpModel(FewShotNetwork):
         """The map and the two scores of taps computed before; in float32, whatever the tower's precision.
 
         Args:
-            features: Taps of both paths, of images that were not cut into tiles.
+            features: Taps of both paths, of images that were not cut into tiles, nor to a region.
             class_index: See :meth:`forward`.
         """
         with torch.autocast(self.text_features.device.type, enabled=False):
@@ -273,23 +273,10 @@ class ClipAdSdpModel(FewShotNetwork):
         """What was found in whole pictures and tiles, and joined, as one map and two scores."""
         text_map, text, reference_map, evidence = joined
         if reference_map is None:
-            return Scores(text_map, text, text_map.amax(dim=(-2, -1)), evidence)
+            return Scores(self.region.cut(text_map), text, self.region.values(text_map).amax(dim=1), evidence)
         anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map)
-        map_score = self.reference_fusion.map_score(anomaly_map, math.prod(self.view_size))
-        return Scores(anomaly_map, text, map_score, evidence)
-
-    def name_defects(
-        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
-    ) -> list[DefectName]:
-        """Name what is in regions of images.
-
-        Args:
-            evidence: (B, V, N, words), ``defect_evidence`` of :meth:`scores`.
-            weights: (B, H, W) of the pixels, see :func:`anomalib_clipad.components.region_weights`.
-            class_index: See :meth:`forward`.
-        """
-        patches = self.tiling.patch_means(weights, self.grid, self.tile_batch_size)
-        return cast("list[DefectName]", self.defect_names(evidence, patches, class_index))
+        map_score = self.reference_fusion.map_score(self.region.values(anomaly_map), math.prod(self.view_size))
+        return Scores(self.region.cut(anomaly_map), text, map_score, evidence)
 
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """The map of a batch before smoothing, (B, H, W)."""

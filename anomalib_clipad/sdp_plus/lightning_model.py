@@ -46,6 +46,10 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             the tiles, the whole picture is looked at in the size of a tile.
         tile_overlap: Share of a tile that the next one covers, too, at least; 0 to 0.9.
         tile_batch_size: Most tiles that go through the backbone at once, which bounds the memory.
+        region: What of the pictures is looked at: the path of a mask picture of their shape, whose white counts, or
+            boxes [[left, top, right, bottom], ...] in fractions of width and height. Outside of it the map is 0. Maps,
+            scores, thresholds and metrics are those of pictures whose outside is made of the nearest pixels inside; a
+            picture whose marked defect is outside counts as normal. None for everything.
         k_shot: Number of normal images to compare with, drawn by the seed from the data's training split or from
             few_shot_source. With 0, none, or all of few_shot_source where it is given.
         few_shot_source: Folder of normal images to compare with.
@@ -93,6 +97,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         tile_size: int | tuple[int, int] | None = None,
         tile_overlap: float = 0.25,
         tile_batch_size: int = 8,
+        region: list[list[float]] | list[float] | str | Path | None = None,
         k_shot: int = 0,
         few_shot_source: str | Path | None = None,
         augment_references: bool = False,
@@ -117,6 +122,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             tile_size=tile_size,
             tile_overlap=tile_overlap,
             tile_batch_size=tile_batch_size,
+            region=region,
             max_references=max_references,
             defects=defects,
         )

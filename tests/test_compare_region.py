@@ -1,0 +1,65 @@
+"""A region in a comparison: per data set or per model, it cuts what every model is measured on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from sklearn.metrics import roc_auc_score
+
+from anomalib_clipad import InputError
+from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator
+from anomalib_clipad.components import Region
+
+from .conftest import LAYOUT
+
+LEFT = [0.0, 0.0, 0.5, 1.0]
+
+
+def test_a_region_of_the_data_is_the_models_and_that_of_the_measurement(
+    small_clip: str, category: Path, tmp_path: Path
+) -> None:
+    more = {"name": "widget", "root": str(category), "val_split_mode": "same_as_test", "num_workers": 0}
+    data = {"class_path": "Folder", "init_args": {**LAYOUT, **more}}
+    rows = []
+    for of_data, of_model in ((LEFT, None), (None, LEFT), (None, None)):
+        model = {"class_path": "ClipAdSdp", "init_args": {"backbone": small_clip, "region": of_model}}
+        given = data if of_data is None else {**data, "region": of_data}
+        job = CompareJob(model, given, None, 0, 32, tmp_path / str(len(rows)), "cpu", ["image_AUROC", "pixel_AP"])
+        rows.append(job.run())
+        assert "error" not in rows[-1], rows[-1].get("error")
+    assert rows[0]["key"] != rows[1]["key"] != rows[2]["key"]
+    figures = [tuple(row[name] for name in ("image_AUROC", "pixel_AP")) for row in rows]
+    assert figures[0] == figures[1]
+    assert figures[2] != figures[0]
+
+
+def test_a_model_without_a_region_is_measured_inside_that_of_the_data() -> None:
+    maps, masks = torch.rand(4, 1, 16, 16), torch.zeros(4, 16, 16, dtype=torch.bool)
+    masks[1, 3:9, 2:5] = masks[2, 3:9, 12:15] = True  # the latter outside
+    evaluator = CompareEvaluator(16, ["pixel_AUROC", "image_AUROC"], region=Region(LEFT))
+    batch = ImageBatch(
+        image=torch.zeros(4, 3, 16, 16),
+        image_path=list("abcd"),
+        anomaly_map=maps,
+        pred_score=torch.tensor([0.1, 0.9, 0.2, 0.3]),
+        gt_mask=masks,
+        gt_label=torch.tensor([0, 1, 1, 0]),
+    )
+    evaluator._start = 0.0
+    evaluator.on_test_batch_end(None, None, None, batch, 0)  # type: ignore[arg-type]  # not looked at
+    evaluator.on_test_epoch_end(None, None)  # type: ignore[arg-type]  # likewise
+    expected = roc_auc_score(masks[:, :, :8].flatten(), maps[:, 0, :, :8].flatten())
+    assert evaluator.figures["pixel_AUROC"] == pytest.approx(expected, abs=1e-6)
+    assert evaluator.labels == [0, 1, 0, 0]
+    assert evaluator.figures["image_AUROC"] == 1
+    assert evaluator.map_limits[0] == (float(maps[0, 0, :, :8].min()), float(maps[0, 0, :, :8].max()))
+    assert (evaluator.stream.anomaly_map(0)[:, 8:] < -60_000).all()
+
+
+def test_a_region_that_cannot_be_used_is_named_before_the_first_job(tmp_path: Path) -> None:
+    data = {"class_path": "Folder", "init_args": {"name": "widget", "root": str(tmp_path)}, "region": [0, 0, 2, 1]}
+    with pytest.raises(InputError, match="fractions from 0 to 1"):
+        CompareJobGenerator("cpu").generate_jobs({"models": ["ClipAdSdp"], "data": [data]})
+    with pytest.raises(InputError, match="takes the keys class_path, init_args, name, got region"):
+        CompareJobGenerator("cpu").generate_jobs({"models": [{**data, "class_path": "ClipAdSdp"}], "images": "x"})
