@@ -63,14 +63,14 @@ def test_a_batch_goes_through_every_part_of_the_loss(training: SimpleNamespace) 
 
 
 def test_the_naming_loss_is_what_the_model_names(training: SimpleNamespace) -> None:
-    """Small where the patches on the defect point to its word, large where they point to another."""
-    batch = SimpleNamespace(covered=torch.zeros(2, 144), kinds=torch.tensor([2, -1]))
-    batch.covered[0, 65] = 1
-    directions = torch.eye(len(DEFECTS))
-    tokens = torch.zeros(2, 145, len(DEFECTS)) + 1e-3
+    """Small where the patches that are marked point to the defect's word, large where they point to another."""
+    batch = SimpleNamespace(kinds=torch.tensor([2, -1]))
+    marked = torch.full((2, 144), -1.0)
+    marked[0, 65:67] = 1.0
+    tokens = torch.full((2, 145, len(DEFECTS)), 1e-3)
     losses = {}
     for kind in (2, 5):
-        tokens[0, 1:] = 1e-3
-        tokens[0, 1 + 65, kind] = 1
-        losses[kind] = training.losses.naming(torch.tensor(100.0), [tokens], directions, batch).item()
+        tokens[0, 66:68] = torch.eye(len(DEFECTS))[kind]
+        evidence = training.losses.naming_evidence([tokens], torch.eye(len(DEFECTS)))
+        losses[kind] = training.losses.naming(100 * evidence, training.losses.as_marked(marked), batch).item()
     assert losses[2] < 0.1 < 5 < losses[5]

@@ -12,6 +12,7 @@ from anomalib_clipad.components import DualPathVisionTransformer, feature_surger
 from anomalib_clipad.components.surgery import margin
 
 LEAST_COVERED = 0.08  # of a patch that shows a defect
+RARE = 4.0  # weight of patches that show a defect, which are few
 READ = 10.0  # what texts, unit vectors, are multiplied with before they are read
 
 
@@ -51,14 +52,21 @@ class Lessons(nn.Module):
         captions, defects = captions.unflatten(0, (-1, 2)).repeat_interleave(2, dim=0), defects.unflatten(0, (-1, 2))
         tokens = F.normalize(surgery[-1][:, 0], dim=-1)  # the original path's class token, projected
         pairs = [tap[:shown] for tap in surgery]
+        rare = torch.tensor(RARE, device=batch.covered.device)
+        maps = [scale * feature_surgery([tap], captions)[:, 1:, 1] for tap in pairs]
+        evidence = scale * naming_evidence(pairs, margin(defects)[:, 0])
         return {
             "contrast": contrastive(scale, tokens[:shown], captions, batch),
             "state": F.binary_cross_entropy_with_logits(
                 scale * (tokens[:shown, None] * margin(captions)).sum((-2, -1)), batch.broken
             ),
             "surface": F.cross_entropy(scale * tokens @ names.T, batch.surfaces),
-            "kind": naming(scale, pairs, margin(defects)[:, 0], batch),
-            "sign": opposition([scale * feature_surgery([tap], captions)[:, 1:, 1] for tap in pairs], batch),
+            "kind": naming(evidence, on_the_defect(batch), batch),
+            "marked": naming(evidence, as_marked(torch.stack(maps).mean(dim=0)), batch),
+            "sign": opposition(maps, batch),
+            "map": F.binary_cross_entropy_with_logits(
+                2 * torch.stack(maps).mean(dim=0), batch.covered, pos_weight=rare
+            ),
             "reading": self._reading(names, margin(defects)[:, 0]),
             **self._supervision(states, batch),
         }
@@ -79,7 +87,7 @@ class Lessons(nn.Module):
         return torch.stack([F.cross_entropy(r, torch.arange(len(r), device=r.device)) for r in read]).mean()
 
     def _supervision(self, states: list[torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
-        rare = torch.tensor(4.0, device=batch.covered.device)  # few patches show a defect
+        rare = torch.tensor(RARE, device=batch.covered.device)
         shows = (batch.covered > LEAST_COVERED).float()
         parts: dict[str, list[torch.Tensor]] = {"class": [], "dense": [], "surface head": [], "kind head": []}
         for state, of_whole, of_patch in zip(states, self.whole, self.patch, strict=True):
@@ -88,7 +96,7 @@ class Lessons(nn.Module):
             parts["dense"].append(F.binary_cross_entropy_with_logits(patches[..., 0], shows, pos_weight=rare))
             of_all = of_whole(state.mean(dim=1))  # what a surface is, its patches tell sooner than its class token
             parts["surface head"] += [F.cross_entropy(read[:, 1:], batch.surfaces) for read in (whole, of_all)]
-            parts["kind head"].append(_of_the_defect(patches[..., 1:], batch))
+            parts["kind head"].append(naming(patches[..., 1:], on_the_defect(batch), batch))
         return {name: torch.stack(values).mean() for name, values in parts.items()}
 
 
@@ -104,26 +112,34 @@ def contrastive(scale: torch.Tensor, tokens: torch.Tensor, captions: torch.Tenso
     return -torch.stack(likely).mean()
 
 
-def naming(scale: torch.Tensor, surgery: list[torch.Tensor], directions: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The word for a defect, found as the model finds it: see ``anomalib_clipad.components.DefectNames``.
+def naming_evidence(surgery: list[torch.Tensor], directions: torch.Tensor) -> torch.Tensor:
+    """Of every patch for every kind, (B, N, kinds), as the model has it: ``anomalib_clipad.components.DefectNames``.
 
     Args:
-        scale: Of the logits.
         surgery: Taps of the surgery path, (B, N + 1, D) each.
         directions: (kinds, D), from without to with the defect.
-        batch: What is shown.
     """
-    evidence = torch.stack([F.normalize(tap[:, 1:], dim=-1) @ directions.T for tap in surgery]).mean(dim=0)
-    return _of_the_defect(scale * evidence, batch)
+    return torch.stack([F.normalize(tap[:, 1:], dim=-1) @ directions.T for tap in surgery]).mean(dim=0)
 
 
-def _of_the_defect(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of the kind, from logits (B, N, kinds), averaged over the defect and somewhat beside it."""
-    grid = round(math.sqrt(logits.shape[1]))
-    around = F.avg_pool2d(batch.covered.unflatten(1, (1, grid, grid)), 3, stride=1, padding=1).flatten(1)
-    weights = (batch.covered + around)[..., None]  # what a model marks is wider than the defect
-    means = (weights * logits).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)
+def naming(logits: torch.Tensor, weights: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of the kind of defect, from logits (B, N, kinds) averaged with weights (B, N)."""
+    means = (weights[..., None] * logits).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)
     return F.cross_entropy(means, batch.kinds, ignore_index=-1)
+
+
+def on_the_defect(batch: Batch) -> torch.Tensor:
+    """Weights (B, N) on the defect, and some beside it, since what a model marks is wider."""
+    grid = round(math.sqrt(batch.covered.shape[1]))
+    around = F.avg_pool2d(batch.covered.unflatten(1, (1, grid, grid)), 3, stride=1, padding=1).flatten(1)
+    return batch.covered + around
+
+
+def as_marked(logits: torch.Tensor) -> torch.Tensor:
+    """Weights (B, N) where the map, (B, N) logits, is above its balance, or at its two highest patches."""
+    logits = logits.detach()
+    least = logits.topk(2, dim=1).values[:, 1:].clamp(max=0)
+    return logits.sigmoid() * (logits >= least)
 
 
 def opposition(maps: list[torch.Tensor], batch: Batch) -> torch.Tensor:
