@@ -274,9 +274,12 @@ def category_of(data: Mapping[str, Any] | None, images: str | None) -> str:
 def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, region: object) -> AnomalibModule:
     """The model without measurements and pictures of its own, with the region of the data if it can look at one."""
     model: Any = get_model(dict(config))
+    if not isinstance(getattr(model, "class_name", None), str | None):
+        msg = "A comparison shows each model on one scale, so class_name must be one name there; compare by category."
+        raise InputError(msg)
     if region is not None and "region" in model.hparams:
         model = get_model({**config, "init_args": {**config.get("init_args", {}), "region": region}})
-    model.evaluator = model.visualizer = model.table = model.page = None
+    model.evaluator = model.visualizer = model.table = model.page = model.original_maps = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name

@@ -1,6 +1,7 @@
 """What both models are made of: text side, image side, and where they meet."""
 
 from anomalib_clipad.components.backbone import Backbone, OpenedBackbone, fingerprint, load_backbone, open_backbone
+from anomalib_clipad.components.class_choice import ClassChoice
 from anomalib_clipad.components.class_text_features import ClassTextFeatures
 from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.defect_names import DefectName, DefectNames, region_weights
@@ -27,6 +28,7 @@ from anomalib_clipad.components.tiling import Tiling
 
 __all__ = [
     "Backbone",
+    "ClassChoice",
     "ClassTextFeatures",
     "ConformalThreshold",
     "DefectName",

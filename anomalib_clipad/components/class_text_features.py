@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from anomalib_clipad.components.class_choice import ClassChoice
 from anomalib_clipad.components.defect_names import DefectNames
 from anomalib_clipad.components.defect_words import Defects
 from anomalib_clipad.components.float32 import Float32Buffers
@@ -53,12 +54,15 @@ class ClassTextFeatures(Float32Buffers):
         self.class_names: tuple[str, ...] = ()
         self.register_buffer("text_features", torch.empty(0, 2, embed_dim))  # normal, anomalous
         self.defect_names = DefectNames(embed_dim, defects, prompts)
+        self.class_choice = ClassChoice(embed_dim)
 
-    def set_classes(self, class_names: Sequence[str]) -> None:
+    def set_classes(self, class_names: Sequence[str], choose: bool = False) -> None:
         """Encode the prompts of these classes; forgets what was measured on images of others.
 
         Args:
             class_names: What can be in the images; an image's ``class_index`` counts them from 0.
+            choose: Whether an image without a ``class_index`` gets the class that :class:`ClassChoice` finds, rather
+                than the first one.
 
         Raises:
             InputError: If the list or a name is empty, or the model was exported, which leaves the text tower out.
@@ -70,9 +74,14 @@ class ClassTextFeatures(Float32Buffers):
             msg = f"This model was exported for {', '.join(self.class_names)}; export one for {', '.join(class_names)}."
             raise InputError(msg)
         self.defect_names.encode(class_names, self.text_encoder)
-        vectors = [self.text_encoder.text_features(name, self.prompts, **self.rvs) for name in class_names]
-        self.text_features = torch.stack(vectors).to(self.text_features.device)
+        pairs, whole = [], []
+        for name in class_names:  # both at once: they are made from the same prompts
+            pairs.append(self.text_encoder.text_features(name, self.prompts, **self.rvs))
+            if choose:
+                whole.append(self.text_encoder.class_vector(name, self.prompts))
+        self.text_features = torch.stack(pairs).to(self.text_features.device)
         self.class_names = tuple(class_names)
+        self.class_choice.take(whole)
         self.forget_images()
 
     def forget_classes(self) -> None:
@@ -80,6 +89,7 @@ class ClassTextFeatures(Float32Buffers):
         self.class_names = ()
         self.text_features = self.text_features[:0]
         self.defect_names.forget()
+        self.class_choice.take([])
         self.forget_images()
 
     def forget_images(self) -> None:
@@ -102,6 +112,10 @@ class ClassTextFeatures(Float32Buffers):
         self.class_names = tuple(state["class_names"])
         self.defect_names.words = tuple(map(tuple, state.get("defects", ())))
 
+    def index_of(self, surgery: Sequence[torch.Tensor], class_index: torch.Tensor | None) -> torch.Tensor | None:
+        """(B,) index of the images' classes: the given one, else the chosen one; nothing for the first class."""
+        return self.class_choice(surgery) if class_index is None and self.class_choice.ready else class_index
+
     def select_text_features(self, class_index: torch.Tensor | None = None) -> torch.Tensor:
         """Text vectors of a batch: (B, 2, D) by class, or (2, D) of the first class for all images.
 
@@ -116,8 +130,9 @@ class ClassTextFeatures(Float32Buffers):
         if class_index.ndim != 1 or class_index.is_floating_point() or class_index.is_complex():
             msg = f"class_index must hold one whole number an image, got {class_index.dtype} of {class_index.shape}."
             raise InputError(msg)
-        # On a GPU the values are not looked at, which would wait for it.
-        outside = class_index.device.type == "cpu" and ((class_index < 0) | (class_index >= len(self.text_features)))
+        # On a GPU the values are not looked at, which would wait for it; while exporting there are none.
+        looks = class_index.device.type == "cpu" and not torch.compiler.is_compiling()
+        outside = looks and ((class_index < 0) | (class_index >= len(self.text_features)))
         if outside is not False and bool(outside.any()):
             msg = f"class_index must lie in 0 to {len(self.text_features) - 1}, got {class_index.tolist()}."
             raise InputError(msg)

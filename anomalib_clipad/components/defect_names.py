@@ -217,6 +217,29 @@ class DefectBaseline(Float32Buffers):
         variance = region_means((evidence - mean).square(), everywhere).mean(dim=0)
         self.mean, self.std = mean, variance.sqrt().clamp(min=1e-6)
 
+    def fit_classes(
+        self,
+        evidence: torch.Tensor,
+        class_index: torch.Tensor,
+        words: Sequence[Sequence[str]],
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Measure each class's words on its own normal images, or on all where it has none.
+
+        Args:
+            evidence: (k, V, N, words).
+            class_index: (k,) index of the images' classes.
+            words: Of each class.
+            weights: See :meth:`fit`.
+        """
+        measured, start = [], 0
+        for number, own in enumerate(words):
+            rows = class_index == number
+            self.fit(evidence[rows] if rows.any() else evidence, weights)
+            measured.append(torch.stack([self.mean, self.std])[:, start : start + len(own)])
+            start += len(own)
+        self.mean, self.std = torch.cat(measured, dim=1)
+
     def reset(self) -> None:
         """Know no normal images."""
         self.mean, self.std = self.mean[:0], self.std[:0]

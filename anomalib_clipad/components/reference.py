@@ -5,7 +5,7 @@ The bank holds tokens of CLIP's own path, as in WinCLIP+ (arXiv 2303.14814), APR
 """
 
 import logging
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,44 +44,6 @@ def neighbourhood_means(patches: torch.Tensor, grid: tuple[int, int]) -> torch.T
     return F.normalize(sums.flatten(1, 2), dim=-1)
 
 
-class ReferenceTokens:
-    """Tokens of normal images, collected batch by batch for :meth:`ReferenceBank.fit`.
-
-    Example:
-        >>> tokens = ReferenceTokens()
-        >>> for turn in (0, 1, 0, 1):
-        ...     tokens.add(turn, [torch.randn(2, 13, 8), torch.randn(2, 13, 8)])
-        >>> [tap.shape for tap in tokens.taps()]
-        [torch.Size([8, 13, 8]), torch.Size([8, 13, 8])]
-    """
-
-    def __init__(self) -> None:
-        self._turns: dict[int, list[list[torch.Tensor]]] = {}
-
-    def add(self, turn: int, original: list[torch.Tensor]) -> None:
-        """Add a batch, of images as they are if ``turn`` is 0: one (b, N + 1, W) tensor a tap."""
-        self._turns.setdefault(turn, []).append(original)
-
-    def taps(self) -> list[torch.Tensor]:
-        """One tensor a tap, images as they are first."""
-        batches = [batch for _, turned in sorted(self._turns.items()) for batch in turned]
-        return [torch.cat(tap) for tap in zip(*batches, strict=True)]
-
-
-def turns(images: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Images as they are, then flipped and turned: eight ways, four if they are not square.
-
-    Example:
-        >>> len(list(turns(torch.rand(1, 3, 8, 8)))), len(list(turns(torch.rand(1, 3, 8, 16))))
-        (8, 4)
-    """
-    square = images.shape[-2] == images.shape[-1]
-    for quarters in range(4) if square else (0, 2):
-        turned = images.rot90(quarters, (-2, -1))
-        yield turned
-        yield turned.flip(-1)
-
-
 class ReferenceBank(Float32Buffers):
     r"""Patches of normal images at every tap; measures how far other patches are from the nearest of them.
 
@@ -89,6 +51,7 @@ class ReferenceBank(Float32Buffers):
     patches and once between the means of 3 x 3 patches, averaged.
 
     Patches are kept in half precision and compared in float32. So a bank from a checkpoint gives the same distances.
+    Of several classes the patches lie one class after the other, and an image is compared with those of its class.
 
     Args:
         taps: Number of taps.
@@ -108,10 +71,11 @@ class ReferenceBank(Float32Buffers):
         tensor(True)
     """
 
-    growing = ("patches", "means")
+    growing = ("patches", "means", "counts")
 
     patches: torch.Tensor
     means: torch.Tensor
+    counts: torch.Tensor
     bank: torch.Tensor
 
     def __init__(self, taps: int, width: int, grid: tuple[int, int], max_patches: int = MOST_PATCHES) -> None:
@@ -124,6 +88,7 @@ class ReferenceBank(Float32Buffers):
         empty = torch.empty(0, taps, width, dtype=torch.half)
         self.register_buffer("patches", empty)  # (M, taps, W)
         self.register_buffer("means", empty.clone())  # likewise; empty where the bank has all patches of its images
+        self.register_buffer("counts", torch.empty(0, dtype=torch.long))  # (classes,) patches of each; empty with one
         self.register_buffer("bank", torch.empty(2, taps, 0, width), persistent=False)  # what is compared
 
     @property
@@ -134,6 +99,16 @@ class ReferenceBank(Float32Buffers):
     def reset(self) -> None:
         """Have no references."""
         self.patches, self.means, self.bank = self.patches[:0], self.means[:0], self.bank[:, :, :0]
+        self.counts = self.counts[:0]
+
+    def join(self, banks: Sequence["ReferenceBank"]) -> None:
+        """Take over the patches of several classes, one bank of them each."""
+        self.counts = torch.tensor([len(bank.patches) for bank in banks], device=self.counts.device)
+        self.patches = torch.cat([bank.patches for bank in banks])
+        coreset = any(len(bank.means) for bank in banks)
+        means = [bank.bank[1].transpose(0, 1).half() if coreset else bank.means for bank in banks]
+        self.means = torch.cat(means)
+        self._prepare()
 
     @torch.no_grad()
     def fit(
@@ -164,7 +139,7 @@ class ReferenceBank(Float32Buffers):
         places = _grid_places(self.grid) if places is None else places
         parts = len(places) // count
         images = images or original[0].shape[0] // parts
-        self.patches = torch.stack([_unit(tokens) for tokens in original], dim=2).flatten(0, 1).half()
+        self.patches, self.counts = _patches(original).half(), self.counts[:0]
         self.means = self.patches[:0]
         self._prepare()
         whole = self.bank[:, :, : images * len(places)].unflatten(2, (-1, count))  # (2, taps, k * parts, N, W)
@@ -191,11 +166,12 @@ class ReferenceBank(Float32Buffers):
             ]
         )
 
-    def forward(self, original: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(self, original: Sequence[torch.Tensor], class_index: torch.Tensor | None = None) -> torch.Tensor:
         """Distances of the patches of images.
 
         Args:
             original: One (B, N + 1, W) tensor a tap, class token first.
+            class_index: (B,) index of the images' classes, where the bank has several.
 
         Returns:
             (B, N) in [0, 1].
@@ -206,14 +182,26 @@ class ReferenceBank(Float32Buffers):
         if not self.fitted:
             msg = "There are no references to compare with; call fit with tokens of normal images first."
             raise InputError(msg)
-        return torch.stack([self.distance(tap, tokens) for tap, tokens in enumerate(original)]).mean(dim=0)
+        distances = [self.distance(tap, tokens, class_index) for tap, tokens in enumerate(original)]
+        return torch.stack(distances).mean(dim=0)
 
-    def distance(self, tap: int, tokens: torch.Tensor) -> torch.Tensor:
+    def distance(self, tap: int, tokens: torch.Tensor, class_index: torch.Tensor | None = None) -> torch.Tensor:
         """Distances at one tap, counted from 0: (B, N + 1, W) to (B, N); in float32, also under autocast."""
         with torch.autocast(tokens.device.type, enabled=False):
             patches = _unit(tokens)
-            kinds = torch.stack([patches, neighbourhood_means(patches, self.grid)])
-            return self._distance(kinds[:, None], self.bank[:, tap : tap + 1])
+            kinds = torch.stack([patches, neighbourhood_means(patches, self.grid)])[:, None]
+            bank = self.bank[:, tap : tap + 1]
+            if class_index is None or not len(self.counts):
+                return self._distance(kinds, bank)
+            of_classes = bank.split(self._sizes, dim=2)
+            if torch.compiler.is_compiling():  # an exported file compares with all classes, and takes its own
+                of_all = torch.stack([self._distance(kinds, own) for own in of_classes])  # (classes, B, N)
+                return of_all.gather(0, class_index[None, :, None].expand(1, *of_all.shape[1:]))[0]
+            distances = patches.new_empty(patches.shape[:2])
+            for number in class_index.unique().tolist():
+                rows = class_index == number
+                distances[rows] = self._distance(kinds[:, :, rows], of_classes[number])
+            return distances
 
     @staticmethod
     def _distance(patches: torch.Tensor, bank: torch.Tensor, comparable: torch.Tensor | None = None) -> torch.Tensor:
@@ -240,6 +228,7 @@ class ReferenceBank(Float32Buffers):
             images = patches.reshape(-1, self.grid[0] * self.grid[1], width)
             means = neighbourhood_means(images, self.grid).reshape(taps, -1, width)
         self.bank = torch.stack([patches, means])
+        self._sizes = self.counts.tolist()  # known while exporting, where values of tensors are not
 
     def _keep(self, number: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Keep some of the patches, with their means, since neighbours of some are gone."""
@@ -293,6 +282,11 @@ def _near(length: int, like: torch.Tensor) -> torch.Tensor:
     """(length, length), 1 where two places of a line are the same or neighbours."""
     places = torch.arange(length, device=like.device)
     return ((places[:, None] - places).abs() <= 1).to(like.dtype)
+
+
+def _patches(original: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Patches of unit length of all images, (M, taps, W), from one (B, N + 1, W) tensor a tap."""
+    return torch.stack([_unit(tokens) for tokens in original], dim=2).flatten(0, 1)
 
 
 def _unit(tokens: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from torch import nn
+from torch.nn import functional as F
 
 from anomalib_clipad.components.tiling import Tiling
 from anomalib_clipad.errors import InputError
@@ -169,6 +170,23 @@ class RegionOfPictures(nn.Module):
         if self.inside is None:
             return maps
         return torch.where(self.inside, maps, self.values(maps).amin(dim=1)[:, None, None])
+
+    def enlarge(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Maps of pictures of another size, bilinearly, without what is outside of the region.
+
+        Args:
+            maps: (B, H, W), with one value outside.
+            size: Height and width wanted.
+
+        Returns:
+            (B, *size), with that value outside of the region in pictures of this size.
+        """
+        filled = self.fill(maps[:, None])
+        large = F.interpolate(filled, size, mode="bilinear", align_corners=False)[:, 0]
+        if self.given is None or self.inside is None or self.inside.all():
+            return large
+        outside = maps[:, ~self.inside][:, :1, None]
+        return torch.where(torch.from_numpy(self.given.inside(size)).to(large.device), large, outside)
 
     def of(self, maps: torch.Tensor) -> torch.Tensor | None:
         """The region for each of a batch's maps (B, H, W), true inside; ``None`` where there is no region."""

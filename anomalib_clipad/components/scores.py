@@ -1,11 +1,12 @@
 """From tokens and maps to the two scores of an image, and from these to one."""
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from anomalib_clipad.components.class_choice import rows_of
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.surgery import margin
 
@@ -26,6 +27,7 @@ class Scores(NamedTuple):
         text_score: (B,) in [0, 1], softmax of the image against the two text vectors.
         map_score: (B,), largest value of the map.
         defect_evidence: (B, V, N, words) of the patches of V views, if there are words, see :class:`DefectNames`.
+        class_index: (B,) index of the class that each image was compared with; the first one where there is none.
 
     Example:
         >>> maps = torch.tensor([[[0.01, -0.02], [0.03, 0.0]]])
@@ -37,6 +39,7 @@ class Scores(NamedTuple):
     text_score: torch.Tensor
     map_score: torch.Tensor
     defect_evidence: torch.Tensor | None = None
+    class_index: torch.Tensor | None = None
 
 
 def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
@@ -90,6 +93,7 @@ class Prediction(NamedTuple):
         anomaly_map: (B, H, W), as in :class:`Scores`.
         text_score: (B,) in [0, 1], likewise.
         map_score: (B,), likewise.
+        class_index: (B,), likewise.
 
     Example:
         >>> maps = torch.zeros(1, 2, 2)
@@ -101,10 +105,11 @@ class Prediction(NamedTuple):
     anomaly_map: torch.Tensor
     text_score: torch.Tensor
     map_score: torch.Tensor
+    class_index: torch.Tensor | None = None
 
 
 class ScoreFusion(Float32Buffers):
-    """One image score from text score and map score; the only owner of their ranges.
+    """One image score from text score and map score; the only owner of their ranges, which each class has its own of.
 
     Fitted on the scores of labelled validation images, it is the paper's: each score min-max normalised, then the mean
     of the two. Before, the map score is brought into (0, 1) by the scale of the model's map.
@@ -123,41 +128,70 @@ class ScoreFusion(Float32Buffers):
         tensor([0.5000])
     """
 
+    growing = ("score_min", "score_max")
+
     score_min: torch.Tensor
     score_max: torch.Tensor
 
     def __init__(self, map_scale: MapScale) -> None:
         super().__init__()
         self.map_scale = map_scale
-        # Of the text and the map score; unknown until fitted.
-        self.register_buffer("score_min", torch.full((2,), float("nan")))
-        self.register_buffer("score_max", torch.full((2,), float("nan")))
+        # (classes, 2), of the text and the map score; unknown until fitted.
+        self.register_buffer("score_min", torch.full((1, 2), float("nan")))
+        self.register_buffer("score_max", torch.full((1, 2), float("nan")))
 
-    def forward(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
-        """Fuse scores of shape (B,) each; in [0, 1] within the ranges, or if there are none."""
+    def forward(
+        self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Fuse scores of shape (B,) each; in [0, 1] within the ranges, or if there are none.
+
+        Args:
+            text_score: (B,) in [0, 1].
+            map_score: (B,), of the map's own range.
+            class_index: (B,) index of the images' classes; the first one for all by default.
+        """
         both = torch.stack([text_score, map_score], dim=-1)
+        lowest, highest = rows_of(self.score_min, class_index), rows_of(self.score_max, class_index)
         # Finite where unknown, since quantisers fail at branches that are not taken.
-        minimum, maximum = self.score_min.nan_to_num(), self.score_max.nan_to_num()
+        minimum, maximum = lowest.nan_to_num(), highest.nan_to_num()
         extent = maximum - minimum
         normalised = (both - minimum) / torch.where(extent > 0, extent, 1.0)
         by_rule = torch.stack([text_score, self.map_scale.squash(map_score)], dim=-1)
-        return torch.where(self.score_min.isnan(), by_rule, normalised).mean(dim=-1)
+        return torch.where(lowest.isnan(), by_rule, normalised).mean(dim=-1)
 
-    def fit(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
-        """Set the ranges from validation scores of shape (N,) each, and return these fused."""
+    def fit(self, text_score: torch.Tensor, map_score: torch.Tensor, number: int | None = None) -> torch.Tensor:
+        """Set the ranges from validation scores of shape (N,) each, and return these fused.
+
+        Args:
+            text_score: (N,) in [0, 1].
+            map_score: (N,), of the map's own range.
+            number: Whose ranges they are, an index into the classes; every class's by default.
+        """
         both = torch.stack([text_score, map_score], dim=-1)
-        self.score_min.copy_(both.amin(dim=0))
-        self.score_max.copy_(both.amax(dim=0))
-        return self(text_score, map_score)
+        own = slice(None) if number is None else slice(number, number + 1)
+        self.score_min[own] = both.amin(dim=0)
+        self.score_max[own] = both.amax(dim=0)
+        class_index = None if number is None else torch.full_like(text_score, number, dtype=torch.long)
+        return self(text_score, map_score, class_index)
 
-    def reset(self) -> None:
-        """Forget the ranges."""
-        self.score_min.fill_(float("nan"))
-        self.score_max.fill_(float("nan"))
+    def reset(self, classes: int = 1) -> None:
+        """Forget the ranges, and have some for so many classes from now on."""
+        self.score_min = self.score_min.new_full((classes, 2), float("nan"))
+        self.score_max = self.score_min.clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - torch's
+        **kwargs: Any,  # noqa: ANN401 - torch's
+    ) -> None:
+        _of_classes(state_dict, prefix, self.growing)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class ReferenceFusion(Float32Buffers):
-    """One map from two and one score from two, each in units of what it does on the normal images.
+    """One map from two and one score from two, each in units of what it does on the normal images of its class.
 
     A value's unit is its standard deviation over the references, counted from its mean there. So a map that fires on
     normal images too has less to say. No test statistics are used. Units and image score are ours; figures are
@@ -171,16 +205,20 @@ class ReferenceFusion(Float32Buffers):
         torch.Size([2])
     """
 
+    growing = ("mean", "std")
+
     mean: torch.Tensor
     std: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        # Of the text map, the reference map, and the text score's logit.
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("std", torch.ones(3))
+        # (classes, 3), of the text map, the reference map, and the text score's logit.
+        self.register_buffer("mean", torch.zeros(1, 3))
+        self.register_buffer("std", torch.ones(1, 3))
 
-    def fit(self, text_maps: torch.Tensor, reference_maps: torch.Tensor, text_scores: torch.Tensor) -> None:
+    def fit(
+        self, text_maps: torch.Tensor, reference_maps: torch.Tensor, text_scores: torch.Tensor, number: int = 0
+    ) -> None:
         """Measure the units.
 
         The logits are few, so one more, a logit away from their mean, is added to their variance.
@@ -189,15 +227,16 @@ class ReferenceFusion(Float32Buffers):
             text_maps: (k, n), of the references' n pixels.
             reference_maps: (k, n), of each compared with the others.
             text_scores: (k,) in [0, 1].
+            number: Index of their class.
         """
         logits = _logit(text_scores)
         values = [maps.double() for maps in (text_maps, reference_maps)]
         mean = torch.stack([*(maps.mean() for maps in values), logits.double().mean()])
         variance = torch.stack([*(maps.var(correction=0) for maps in values), logits.double().var(correction=0)])
         variance[2] += (1 - variance[2]) / (len(logits) + 1)
-        self.mean.copy_(mean)
+        self.mean[number] = mean.float()
         # A map that is flat on the references has no unit; rounding is not to become one.
-        self.std.copy_(variance.sqrt().clamp(min=1e-6))
+        self.std[number] = variance.sqrt().clamp(min=1e-6).float()
 
     def _load_from_state_dict(
         self,
@@ -207,18 +246,21 @@ class ReferenceFusion(Float32Buffers):
         **kwargs: Any,  # noqa: ANN401 - torch's
     ) -> None:
         self.reset()  # which stays where a version without references has written the state dict
-        for name in ("mean", "std"):
+        for name in self.growing:
             state_dict.setdefault(prefix + name, getattr(self, name))
+        _of_classes(state_dict, prefix, self.growing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def reset(self) -> None:
-        """Have no units."""
-        self.mean.zero_()
-        self.std.fill_(1)
+    def reset(self, classes: int = 1) -> None:
+        """Have no units, for so many classes from now on."""
+        self.mean, self.std = self.mean.new_zeros(classes, 3), self.std.new_ones(classes, 3)
 
-    def fuse_maps(self, text_map: torch.Tensor, reference_map: torch.Tensor) -> torch.Tensor:
+    def fuse_maps(
+        self, text_map: torch.Tensor, reference_map: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Sum of two maps (B, H, W) in their units u, each as u / (1 + abs(u) / 20): neither outvotes the other."""
-        units = (torch.stack([text_map, reference_map], dim=-1) - self.mean[:2]) / self.std[:2]
+        mean, std = (rows_of(values, class_index, dims=2)[..., :2] for values in (self.mean, self.std))
+        units = (torch.stack([text_map, reference_map], dim=-1) - mean) / std
         return (units / (1 + units.abs() / LIMIT)).sum(dim=-1)
 
     @staticmethod
@@ -236,9 +278,20 @@ class ReferenceFusion(Float32Buffers):
         looked_at = min(area or values.shape[1], values.shape[1])
         return values.topk(max(1, round(LARGEST_SHARE * looked_at)), dim=1).values.mean(dim=1)
 
-    def fuse_scores(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+    def fuse_scores(
+        self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The image score, (B,): the map's score and half of the text score's logit in its unit."""
-        return map_score + TEXT_WEIGHT * (_logit(text_score) - self.mean[2]) / self.std[2]
+        mean, std = (rows_of(values, class_index)[..., 2] for values in (self.mean, self.std))
+        return map_score + TEXT_WEIGHT * (_logit(text_score) - mean) / std
+
+
+def _of_classes(state_dict: MutableMapping[str, torch.Tensor], prefix: str, names: Sequence[str]) -> None:
+    """Give values that a version of one class has written the dimension of the classes."""
+    for name in names:
+        value = state_dict.get(prefix + name)
+        if isinstance(value, torch.Tensor) and value.ndim == 1:
+            state_dict[prefix + name] = value[None]
 
 
 def _logit(score: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ class TextVectorCache:
         self._digest_of: tuple[dict[str, int], str] | None = None  # size and time of the weights, and their digest
 
     def read(self, source: dict[str, Any]) -> torch.Tensor | None:
-        """The vectors made from ``source``, (2, D), or nothing where they are not kept."""
+        """The vectors made from ``source``, as they were written, or nothing where they are not kept."""
         if (folder := cache_folder()) is None:
             return None
         try:

@@ -70,6 +70,7 @@ class TextEncoder:
         self.batch_size = batch_size
         self.fill_text = fill_text
         self.cache = cache
+        self._encoded: tuple[object, list[torch.Tensor]] = None, []  # the last class's prompts and their vectors
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> torch.Tensor:
@@ -147,12 +148,37 @@ class TextEncoder:
         source = {"prompts": prompts, "rvs": {"method": method, **check_rvs(method, **options)}}
         vectors = None if self.cache is None else self.cache.read(source)
         if vectors is None:
-            logger.info("Encoding %d prompts of %r.", sum(map(len, prompts)), class_name)
-            clouds = [self.encode(sentences) for sentences in prompts]
+            clouds = self._clouds(class_name, prompts)
             vectors = torch.stack([select_representative_vector(cloud, method, **options) for cloud in clouds])
             if self.cache is not None:
                 self.cache.write(source, vectors)
         return vectors.to(self.clip.logit_scale.device)
+
+    def class_vector(self, class_name: str, ensemble: PromptEnsemble) -> torch.Tensor:
+        """The vector of a class, normal or not: (D,), the mean of all its prompts' unit vectors, of unit length again.
+
+        Args:
+            class_name: What is in the images.
+            ensemble: The prompts that describe it.
+
+        Raises:
+            InputError: If the class name is empty.
+        """
+        prompts = ensemble.prompts(class_name)
+        source = {"prompts": prompts, "vector": "mean of all"}
+        vector = None if self.cache is None else self.cache.read(source)
+        if vector is None:
+            vector = F.normalize(torch.cat(self._clouds(class_name, prompts)).mean(dim=0), dim=0)
+            if self.cache is not None:
+                self.cache.write(source, vector)
+        return vector.to(self.clip.logit_scale.device)
+
+    def _clouds(self, class_name: str, prompts: tuple[list[str], list[str]]) -> list[torch.Tensor]:
+        """Unit vectors of the normal and of the anomalous prompts, encoded once where both vectors are asked for."""
+        if self._encoded[0] != prompts:
+            logger.info("Encoding %d prompts of %r.", sum(map(len, prompts)), class_name)
+            self._encoded = prompts, [self.encode(sentences) for sentences in prompts]
+        return self._encoded[1]
 
 
 def _finite(vectors: torch.Tensor) -> torch.Tensor:

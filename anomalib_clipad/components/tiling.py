@@ -30,6 +30,7 @@ class ViewScores(NamedTuple):
         text_score: (B,) in [0, 1], likewise.
         reference_map: (B, h, w), from the comparison with references, if there are any.
         defect_evidence: (B, N, words) of the patches, or (B, V, N, words) of those of V views, if there are words.
+        class_index: (B,) index of the class that each was compared with, see :class:`Scores`.
 
     Example:
         >>> ViewScores(torch.zeros(2, 8, 8), torch.zeros(2)).reference_map is None
@@ -40,6 +41,7 @@ class ViewScores(NamedTuple):
     text_score: torch.Tensor
     reference_map: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    class_index: torch.Tensor | None = None
 
     @classmethod
     def cat(cls, batches: Sequence["ViewScores"]) -> "ViewScores":
@@ -174,7 +176,7 @@ class Tiling(Float32Buffers):
                 evidence = torch.cat([evidence, tiles.defect_evidence.unflatten(0, (-1, len(self)))], dim=1)
         text_map = cast("torch.Tensor", self._join_maps(whole.text_map, tiles.text_map if tiles else None))
         reference_map = self._join_maps(whole.reference_map, tiles.reference_map if tiles else None)
-        return ViewScores(text_map, text_score, reference_map, evidence)
+        return ViewScores(text_map, text_score, reference_map, evidence, whole.class_index)
 
     def patch_means(self, maps: torch.Tensor, grid: tuple[int, int], batch_size: int) -> torch.Tensor:
         """Means of maps of pictures over the patches of the whole picture, and then of its tiles.

@@ -29,6 +29,7 @@ class ZeroShotItem(ImageItem):
     p_value: torch.Tensor | None = None
     region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    class_name: str | None = None
     picture: str | None = None
 
     @classmethod
@@ -46,7 +47,7 @@ class ZeroShotBatch(ImageBatch):
     """anomalib's batch, with the fields that a zero-shot model reads and writes.
 
     Args:
-        class_index: (B,) index of every image's category; the first category for all where there is none.
+        class_index: (B,) index of every image's class; the first class for all where there is none.
         index: (B,) number of every image in its data set.
         features: Taps that were computed before and take the place of the images, see :class:`DualPathFeatures`.
         text_score: (B,) score of the class token.
@@ -56,7 +57,10 @@ class ZeroShotBatch(ImageBatch):
         region: (B, H, W), true inside the region that is looked at; ``None`` where that is everything.
         p_value: (B,) share of normal images that score as high, where scores of normal images are known.
         defect_evidence: (B, V, N, words) from which a name is made when the region is known, see :class:`DefectNames`.
+        class_name: Name of every image's class, as the model has taken it.
         picture: File of each image's picture, relative to the folder of the run.
+        own_maps: Map of each image in its own size, where these are asked for.
+        own_masks: Mask of each image in its own size, likewise.
 
     Example:
         >>> batch = ZeroShotBatch(image=torch.zeros(2, 3, 8, 8), class_index=torch.tensor([0, 1]))
@@ -76,7 +80,10 @@ class ZeroShotBatch(ImageBatch):
     p_value: torch.Tensor | None = None
     region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    class_name: list[str] | None = None
     picture: list[str] | None = None
+    own_maps: list[torch.Tensor] | None = None
+    own_masks: list[torch.Tensor | None] | None = None
 
     @classmethod
     def of(cls, batch: ImageBatch) -> "ZeroShotBatch":
@@ -86,10 +93,27 @@ class ZeroShotBatch(ImageBatch):
     @property
     def items(self) -> list[ZeroShotItem]:  # type: ignore[override]  # anomalib's list is invariant
         """The images one by one; anomalib's way would copy the whole batch first, and knows no taps."""
-        names = [field.name for field in fields(self)]
+        own = {"anomaly_map": self.own_maps, "pred_mask": self.own_masks}  # in place of the batch's
+        values = {field.name: own.get(field.name) or getattr(self, field.name) for field in fields(ZeroShotItem)}
         return [
-            ZeroShotItem(**{name: _row(getattr(self, name), row) for name in names}) for row in range(self.batch_size)
+            ZeroShotItem(**{name: _row(value, row) for name, value in values.items()}) for row in range(self.batch_size)
         ]
+
+    def take_own_size(self, maps: list[torch.Tensor], masks: list[torch.Tensor | None]) -> None:
+        """Have maps and masks in each image's own size, also as a batch where all images have one size.
+
+        Example:
+            >>> batch = ZeroShotBatch(image=torch.zeros(2, 3, 8, 8), anomaly_map=torch.zeros(2, 8, 8))
+            >>> batch.take_own_size([torch.zeros(20, 30), torch.zeros(40, 10)], [None, None])
+            >>> batch.anomaly_map is None, [tuple(item.anomaly_map.shape) for item in batch.items]
+            (True, [(20, 30), (40, 10)])
+        """
+        alike = len({one.shape for one in maps}) == 1
+        present = [one for one in masks if one is not None]
+        self.anomaly_map = torch.stack(maps) if alike else None
+        self.pred_mask = torch.stack(present) if alike and len(present) == len(maps) else None
+        if not alike:
+            self.own_maps, self.own_masks = maps, masks
 
     def to_numpy(self) -> NumpyImageBatch:
         """The batch as one of numpy arrays, which is anomalib's and has no place for our fields."""
@@ -101,7 +125,7 @@ def _shared(of: ImageItem | ImageBatch) -> dict[str, Any]:
     return {field.name: getattr(of, field.name) for field in fields(ImageItem)}
 
 
-def _row(value: torch.Tensor | list[str] | DualPathFeatures | None, row: int) -> Any:  # noqa: ANN401 - of the field's type
+def _row(value: torch.Tensor | list[Any] | DualPathFeatures | None, row: int) -> Any:  # noqa: ANN401 - of the field's type
     if isinstance(value, DualPathFeatures):
         return DualPathFeatures(*([tokens[row] for tokens in taps] for taps in value))
     return None if value is None else value[row]

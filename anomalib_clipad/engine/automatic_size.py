@@ -24,7 +24,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-TRAINING = ""  # in place of a class; of a checkpoint, too
+TRAINING: tuple[str, ...] = ()  # in place of classes; of a checkpoint, too
 
 
 class AutomaticSizeMixin(_Module):
@@ -36,7 +36,7 @@ class AutomaticSizeMixin(_Module):
     model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     restored: bool
     automatic_size: bool
-    _sizes: dict[str, tuple[int, int]]  # those that were found, by class
+    _sizes: dict[tuple[str, ...], tuple[int, int]]  # those that were found, by the classes of a run
     _normal_key: object
 
     def adopt_size(self, image_size: object) -> None:
@@ -51,8 +51,8 @@ class AutomaticSizeMixin(_Module):
             msg = f"image_size {AUTO} belongs to the default pre-processor; leave pre_processor at its default."
             raise InputError(msg)
 
-    def class_at_hand(self, datamodule: AnomalibDataModule | None) -> str:
-        """Name of the class that the next run is about; for the models to fill."""
+    def classes_at_hand(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
+        """Names of the classes that the next run is about; for the models to fill."""
         raise NotImplementedError
 
     def leave_class(self) -> None:
@@ -65,13 +65,13 @@ class AutomaticSizeMixin(_Module):
         if not self.automatic_size or self.restored:
             return
         fitting = self.trainer.state.fn == TrainerFn.FITTING
-        name = TRAINING if fitting else self.class_at_hand(datamodule_of(self.trainer))
-        if fitting or name not in self._sizes:
+        names = TRAINING if fitting else self.classes_at_hand(datamodule_of(self.trainer))
+        if fitting or names not in self._sizes:
             shape = shape_of_first_picture(datasets_of(self.trainer))
             if shape is None:
                 return
-            self._find(name, *shape)
-        self._take_size(name, self._sizes[name])
+            self._find(names, *shape)
+        self._take_size(names, self._sizes[names])
 
     def find_size(self, datamodule: AnomalibDataModule | None, shape: tuple[int, int] | None = None) -> None:
         """Find the size outside of a run: from a data module that was set up, or from images of ``shape``.
@@ -81,8 +81,8 @@ class AutomaticSizeMixin(_Module):
         """
         if not self.automatic_size or self.restored:
             return
-        name = self.class_at_hand(datamodule)
-        if name not in self._sizes:
+        names = self.classes_at_hand(datamodule)
+        if names not in self._sizes:
             shape = shape or (shape_of_first_picture(datasets_in(datamodule)) if datamodule is not None else None)
             if shape is None:
                 if not self._sizes:
@@ -92,8 +92,8 @@ class AutomaticSizeMixin(_Module):
                     )
                     raise InputError(msg)
                 return
-            self._find(name, *shape)
-        self._take_size(name, self._sizes[name])
+            self._find(names, *shape)
+        self._take_size(names, self._sizes[names])
 
     def restore_size(self, identity: Mapping[str, Any]) -> None:
         """Take over the size of a checkpoint; that of a training gives way to the one of the data at hand."""
@@ -112,15 +112,15 @@ class AutomaticSizeMixin(_Module):
         self._sizes[TRAINING] = size
         self._take_size(TRAINING, size)
 
-    def _find(self, name: str, height: int, width: int) -> None:
+    def _find(self, names: tuple[str, ...], height: int, width: int) -> None:
         size = self.model.keep_shape(height, width)
         logger.info("image_size is %d x %d, after the shape of a picture of %d x %d pixels.", *size, height, width)
-        self._sizes[name] = size
+        self._sizes[names] = size
 
-    def _take_size(self, name: str, size: tuple[int, int]) -> None:
+    def _take_size(self, names: tuple[str, ...], size: tuple[int, int]) -> None:
         network = self.model
         if size != network.image_size:
-            if name not in network.class_names:
+            if names != network.class_names:
                 self.leave_class()
             network.set_image_size(size)
             self._normal_key = None

@@ -1,11 +1,11 @@
 """Checkpoints of a zero-shot CLIP model: everything but the CLIP, which comes from its own weights."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
@@ -15,9 +15,18 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from anomalib_clipad.components import PromptEnsemble, ReferenceBank, fingerprint
+from anomalib_clipad.components import (
+    Float32Buffers,
+    PromptEnsemble,
+    ReferenceBank,
+    ReferenceFusion,
+    ScoreFusion,
+    fingerprint,
+)
 from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
+from anomalib_clipad.engine.class_limits import ClassLimits
 from anomalib_clipad.engine.network import ZeroShotNetwork
+from anomalib_clipad.engine.products import Products
 from anomalib_clipad.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +40,10 @@ NOT_SAVED = ("model.visual.", "evaluator.")
 EXTRA_STATE = "model._extra_state"  # torch's key of what the network keeps beside tensors
 # Buffers that have moved since version 0.1.
 MOVED = {"model.score_min": "model.fusion.score_min", "model.score_max": "model.fusion.score_max"}
+# Values that each class has its own of; versions of one class have written them without the dimension of the classes.
+FUSIONS: dict[str, type[Float32Buffers]] = {"fusion": ScoreFusion, "reference_fusion": ReferenceFusion}
+OF_CLASSES = tuple(f"model.{name}.{value}" for name, fusion in FUSIONS.items() for value in fusion.growing)
+CHOICE, LIMITS = "model.class_choice.vectors", "post_processor.of_class."
 # Unknown until there are labelled validation data, and NaN until then.
 MAY_BE_NAN = ("model.fusion.", "post_processor.")
 # Of any number, and of values that earlier versions did not have.
@@ -42,8 +55,12 @@ GROWING = (
     *(bank + name for bank in BANKS for name in ReferenceBank.growing),
     *SCORES_OF_NORMAL,
     *WORDS,
+    *OF_CLASSES,
+    CHOICE,
+    "post_processor.normal_class",
+    *(LIMITS + name for name in ClassLimits.growing),
 )
-SINCE_REFERENCES = (*BANKS, "model.reference_fusion.", *SCORES_OF_NORMAL, *WORDS)
+SINCE_REFERENCES = (*BANKS, "model.reference_fusion.", *SCORES_OF_NORMAL, *WORDS, CHOICE, LIMITS)
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
 
 
@@ -95,6 +112,7 @@ class CheckpointMixin(_Module):
     fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
     restored: bool = False  # whether text vectors and thresholds came with a checkpoint
     automatic_size: bool
+    class_name: str | Sequence[str] | Mapping[str, str] | None
 
     def restore_size(self, identity: Mapping[str, Any]) -> None:
         """Take over the size of the input; for the models to fill."""
@@ -151,6 +169,8 @@ class CheckpointMixin(_Module):
                 checkpoint["hyper_parameters"][name] = str(checkpoint["hyper_parameters"][name])
         fitted = self.trainer.state.fn == TrainerFn.FITTING
         checkpoint[IDENTITY] = {**self.identity(), "class_names": list(self.model.class_names), "fitted": fitted}
+        if folders := Products(self.class_name).folders:
+            checkpoint[IDENTITY]["folders"] = folders
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over text vectors, score ranges and thresholds, if they were made with this CLIP.
@@ -177,6 +197,7 @@ class CheckpointMixin(_Module):
             problem = f"has settings of a component that cannot be used ({type(error).__name__})"
             raise damaged(problem) from error
         self.restore_size(found)
+        self._restore_folders(found.get("folders"))
         names = found.get("class_names", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             problem = f"has the classes {names!r}"
@@ -187,9 +208,19 @@ class CheckpointMixin(_Module):
         state = _moved(checkpoint["state_dict"])
         state.setdefault(EXTRA_STATE, {"class_names": names})
         expected = {key: value for key, value in self.state_dict().items() if not key.startswith(NOT_SAVED)}
-        _check_state(state, expected)
+        _check_state(state, expected, fitted=found.get("fitted") is True)
         checkpoint["state_dict"] = state
         self.restored = True
+
+    def _restore_folders(self, folders: object) -> None:
+        if folders is None or self.class_name is not None:
+            return
+        try:
+            self.class_name = dict(cast("Mapping[str, str]", folders))
+            Products(self.class_name)
+        except (InputError, *UNREADABLE) as error:
+            self.class_name, problem = None, f"has the folders {folders!r}"
+            raise damaged(problem) from error
 
     def _check_components(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse settings and states that do not fit the components, which take over anything."""
@@ -203,9 +234,11 @@ class CheckpointMixin(_Module):
             if not isinstance(component, Callback) or not isinstance(component, nn.Module):
                 continue
             found, own = states.get(component.state_key, {}), component.state_dict()
-            for name in getattr(component, "growing", ()):  # of any length, and absent from earlier versions
-                own.pop(name)
-                found = {key: value for key, value in found.items() if key != name}
+            for path, module in component.named_modules():
+                for name in getattr(module, "growing", ()):  # of any length, and absent from earlier versions
+                    key = f"{path}.{name}" if path else name
+                    own.pop(key)
+                    found = {other: value for other, value in found.items() if other != key}
             if problem := difference(found, own, component.state_key):
                 raise damaged(problem)
             if found and set(found) != set(own):
@@ -214,10 +247,15 @@ class CheckpointMixin(_Module):
 
 
 def _moved(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {MOVED.get(key, key): value for key, value in state.items()}
+    """A state dict as this version writes it."""
+    moved = {MOVED.get(key, key): value for key, value in state.items()}
+    for key in OF_CLASSES:
+        if isinstance(moved.get(key), torch.Tensor) and moved[key].ndim == 1:
+            moved[key] = moved[key][None]
+    return moved
 
 
-def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any], fitted: bool) -> None:
     problems = [f"lacks {key}" for key in expected if key not in state and not key.startswith(SINCE_REFERENCES)]
     for key, value in state.items():
         wanted = expected.get(key)
@@ -236,6 +274,12 @@ def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     vectors = state.get("model.text_features")
     if isinstance(vectors, torch.Tensor) and (not isinstance(names, list) or len(names) != len(vectors)):
         problems.append(f"has {len(vectors)} pairs of text vectors for the classes {names!r}")
+    if not problems and not fitted:
+        counts = {key: (len(state[key]), 1) for key in OF_CLASSES if key in state}
+        counts |= {key: (len(state[key]), 0) for key in (CHOICE, f"{LIMITS}values") if key in state}
+        several = len(names or ())
+        wrong = [key for key, (count, alone) in counts.items() if count not in ({alone} if several < 2 else {several})]
+        problems += [f"has {key} of {len(state[key])} classes instead of {several}" for key in wrong]
     words = extra.get("defects", []) if isinstance(extra, Mapping) else None
     if not problems and not _words_fit(words, *(len(state.get(key, ())) for key in WORDS), classes=len(names or ())):
         problems.append(f"has text vectors of other defects than {words!r}")

@@ -37,6 +37,16 @@ class WholeExportMixin(ExportMixin):
     package that is missing and a folder that cannot be written to are named in a sentence.
     """
 
+    _tells = "name"  # what forward tells of the class that it chose, where there are several
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        self._tells = what
+        try:
+            yield
+        finally:
+            self._tells = WholeExportMixin._tells
+
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Have ready what is baked in, or say why it cannot be; for the models to fill."""
         raise NotImplementedError
@@ -73,6 +83,9 @@ class WholeExportMixin(ExportMixin):
     ) -> Path:
         """Write an ONNX file: images in [0, 1] in; pred_score, pred_label, anomaly_map, pred_mask out.
 
+        Of several classes the file chooses each image's, and has a fifth output, class_index, that counts them as
+        ``class_name`` does.
+
         Args:
             export_root: Folder for ``weights/onnx/model.onnx``, one file. A model of 2 GB or more has its weights
                 beside it, in ``model.onnx.data``, because ONNX has no larger files; it needs both.
@@ -98,7 +111,7 @@ class WholeExportMixin(ExportMixin):
         )
         kwargs.setdefault("external_data", size >= LARGEST_ONNX)
         export = super().to_onnx
-        with _warnings_only(*TALKATIVE):
+        with _warnings_only(*TALKATIVE), self._telling("index" if self._tells == "name" else self._tells):
             return _write(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
 
     def to_openvino(  # type: ignore[override]  # anomalib names the rest one by one
@@ -108,9 +121,12 @@ class WholeExportMixin(ExportMixin):
         input_size: tuple[int, int] | None = None,
         compression_type: CompressionType | None = None,
         datamodule: AnomalibDataModule | None = None,
+        class_output: bool = False,
         **kwargs: Any,  # noqa: ANN401 - handed on to anomalib
     ) -> Path:
         """Write OpenVINO's pair of files; inputs and outputs are those of :meth:`to_onnx`.
+
+        They are the four that anomalib's ``OpenVINOInferencer`` takes, and class_index only where it is asked for.
 
         Args:
             export_root: Folder for ``weights/openvino/model.xml`` and ``model.bin``.
@@ -119,6 +135,7 @@ class WholeExportMixin(ExportMixin):
             compression_type: FP16 or INT8 weights, or INT8_PTQ arithmetic. The last needs input_size left at its
                 default, or equal to the model's own: OpenVINO 2026.4 cannot run it otherwise.
             datamodule: Images by which INT8_PTQ chooses its ranges.
+            class_output: Whether there is a fifth output, class_index, where there are several classes.
             **kwargs: See :class:`anomalib.models.components.base.export_mixin.ExportMixin`.
 
         Returns:
@@ -148,7 +165,8 @@ class WholeExportMixin(ExportMixin):
         logger.info("Exporting to OpenVINO by way of ONNX.")
         kwargs |= {"input_size": input_size, "compression_type": compression_type, "datamodule": datamodule}
         export = super().to_openvino
-        return _write(export_root, lambda folder: export(folder, model_file_name, **kwargs))
+        with self._telling("index" if class_output else "nothing"):
+            return _write(export_root, lambda folder: export(folder, model_file_name, **kwargs))
 
     @staticmethod
     def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":

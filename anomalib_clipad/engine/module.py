@@ -23,17 +23,22 @@ from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
+from anomalib_clipad.engine.class_pools import check_post_processor
 from anomalib_clipad.engine.defect_naming import DefectNaming
 from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.engine.normal_images import NormalImagesMixin
+from anomalib_clipad.engine.normal_classes import NormalClassesMixin
+from anomalib_clipad.engine.original_size import OriginalMaps, OriginalSizeMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.engine.product_batch import with_class
+from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
 from anomalib_clipad.engine.region import RegionMixin
-from anomalib_clipad.engine.run_folder import RunFolder, check_root
+from anomalib_clipad.engine.run_folder import RunFolder, check_root, images_of
+from anomalib_clipad.engine.scored_batches import warn_of_not_finite
 from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
 from anomalib_clipad.engine.visualizer import ClipAdVisualizer
@@ -45,19 +50,24 @@ else:
 
 logger = logging.getLogger(__name__)
 
-FALLBACK_CLASS = "object"
-
 
 class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument
-    AutomaticSizeMixin, RegionMixin, SinglePassMixin, NormalImagesMixin, CheckpointMixin, WholeExportMixin, _Module
+    AutomaticSizeMixin,
+    RegionMixin,
+    OriginalSizeMixin,
+    SinglePassMixin,
+    NormalClassesMixin,
+    CheckpointMixin,
+    WholeExportMixin,
+    _Module,
 ):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
-    class_name: str | None
+    class_name: str | Sequence[str] | Mapping[str, str] | None
     table: PredictionTable | None  # None for no table
     page: PageWriter | None  # None for no page
     # Score ranges, references and thresholds of classes that were set before, for when they are set again.
-    _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]]]]
+    _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]] | None]]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -109,7 +119,7 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
     def adopt(
         self,
         network: ZeroShotNetwork,
-        class_name: str | None,
+        class_name: str | Sequence[str] | Mapping[str, str] | None,
         k_shot: int = 0,
         few_shot_source: str | Path | None = None,
         false_alarm_rate: float | None = None,
@@ -123,10 +133,12 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         self.adopt_size(self.hparams.get("image_size"))
         self.adopt_single_pass(single_pass)
         self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
-        self._blank = [_copy(module.state_dict()) for module in self._calibrated()]
+        self._blank = _copy(self._thresholds().state_dict())
         self._statistics = {}
-        if class_name is not None:
-            network.prompts.prompts(class_name)  # refuses an empty name
+        for name in (class_name,) if isinstance(class_name, str) else self.products.names:
+            network.prompts.prompts(name)  # refuses an empty name
+        if self.products.several:
+            check_post_processor(self.post_processor)
         self.identify(network.visual)
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
@@ -138,46 +150,52 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             1 + max((i for i, one in enumerate(callbacks) if one is self.post_processor), default=-1), DefectNaming()
         )
         # The table comes last: it names the pictures, and says at the end where everything is.
-        callbacks += [writer for writer in (self.page, self.table) if writer is not None]
+        callbacks += [writer for writer in (self.page, self.table, self.original_maps) if writer is not None]
         if any(isinstance(callback, SaveConfigCallback) for callback in cast("Any", self.trainer).callbacks):
             check_root(self.trainer)
-        if any(isinstance(callback, PredictionTable | PageWriter | ClipAdVisualizer) for callback in callbacks):
+        writers = PredictionTable | PageWriter | ClipAdVisualizer | OriginalMaps
+        if any(isinstance(callback, writers) for callback in callbacks):
             callbacks.insert(0, RunFolder())
         return [RunGuard(callbacks), *callbacks]
-
-    def on_validation_start(self) -> None:
-        """See :meth:`prepare_classes`."""
-        self.prepare_classes()
-
-    def on_test_start(self) -> None:
-        """See :meth:`prepare_classes`."""
-        self.prepare_classes()
 
     def on_predict_start(self) -> None:
         """See :meth:`prepare_classes`."""
         self.prepare_classes()
 
+    on_validation_start = on_test_start = on_predict_start
+
     def prepare_classes(self) -> None:
         """Encode the prompts of the class at hand, and prepare what comes from normal images."""
         datamodule = datamodule_of(self.trainer)
-        self.choose_class(self.class_name or _class_of(datamodule))
+        self.choose_class(*self._names(datamodule))
+        self.products.check_run(self.trainer)
+        self.products.check(images_of(self.trainer), self.model.class_names)
         self.prepare_normal_images(datamodule)
-        self.begin_pass(datamodule, self._normal_key)
+        self.begin_pass(datamodule, (self._normal_key, repr(self.class_name)))
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Likewise; the class is the argument's, else that of the data, else the one that was used last."""
+        self.check_exportable()
         self.forget_kept()  # else the exported file would hold them
         looks_at_data = (self.k_shot or self.automatic_size) and not self.restored
         if datamodule is not None and looks_at_data and not hasattr(datamodule, "train_data"):
             datamodule.prepare_data()
             datamodule.setup()
         self.find_size(datamodule)
-        self.choose_class(self.class_name or _class_of(datamodule))
+        self.choose_class(*self._names(datamodule))
         self.prepare_normal_images(datamodule)
 
-    def class_at_hand(self, datamodule: AnomalibDataModule | None) -> str:
-        """The argument, else the data's class, else the one that was used last."""
-        return self.class_name or _class_of(datamodule) or next(iter(self.model.class_names), FALLBACK_CLASS)
+    @property
+    def products(self) -> Products:
+        """What ``class_name`` says."""
+        return Products(self.class_name)
+
+    def _names(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
+        return self.products.names or class_of(datamodule)
+
+    def classes_at_hand(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
+        """The argument's classes, else the data's, else those that were used last."""
+        return self._names(datamodule) or self.model.class_names or (FALLBACK_CLASS,)
 
     def leave_class(self) -> None:
         """Keep what was measured on the present class for its return, and have none."""
@@ -187,29 +205,33 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             self._statistics[network.class_names] = (self._normal_key, states)
             network.forget_classes()
 
-    def choose_class(self, name: str | None) -> None:
-        """Encode the prompts of a class, unless a checkpoint has brought its text vectors."""
+    def choose_class(self, *names: str) -> None:
+        """Encode the prompts of classes, unless a checkpoint has brought their text vectors."""
         network = self.model
         if self.restored:
-            if name is not None and name not in network.class_names:
+            known = set(names) <= set(network.class_names)
+            if not known or (1 < len(names) < len(network.class_names) and self.products.folders is None):
                 logger.warning(
-                    "The checkpoint's class %s is used, not %r; leave the checkpoint out to use that.",
+                    "The checkpoint's class %s is used, not %s; leave the checkpoint out to use that.",
                     ", ".join(map(repr, network.class_names)),
-                    name,
+                    ", ".join(map(repr, names)),
                 )
             network.name_as_asked()
             return
-        if name is None and not network.class_names:
+        if not names and not network.class_names:
             logger.warning(
                 "No class name is known, so the images are taken for an %r; "
                 "set class_name to what they show for better results.",
                 FALLBACK_CLASS,
             )
-            name = FALLBACK_CLASS
-        if name is not None and network.class_names != (name,):
+            names = (FALLBACK_CLASS,)
+        if names and network.class_names != names:
             self.leave_class()
-            network.set_classes([name])
-            self._normal_key, states = self._statistics.get((name,), (None, self._blank))
+            network.set_classes(names, choose=len(names) > 1)
+            self._normal_key, states = self._statistics.get(names, (None, None))
+            if states is None:
+                self._thresholds().load_state_dict(self._blank)
+                return
             for module, state in zip(self._calibrated(), states, strict=True):
                 module.load_state_dict(state)
 
@@ -217,16 +239,23 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         """What holds statistics of the classes at hand."""
         network = self.model
         references = (network.references, network.tile_references, network.reference_fusion)
-        modules = (network.fusion, *references, network.defect_names.baseline, self.post_processor)
+        modules = (network.fusion, *references, network.defect_names.baseline, self._thresholds())
         return [module for module in modules if isinstance(module, nn.Module)]
 
+    def _thresholds(self) -> nn.Module:
+        return self.post_processor if isinstance(self.post_processor, nn.Module) else nn.Identity()
+
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
-        """Score images as they are: (B, 3, height, width) in [0, 1], see :meth:`choose_class` for the class."""
+        """Score images as they are: (B, 3, height, width) in [0, 1], see :func:`with_class` for several classes."""
+        del args, kwargs
         if not self.model.class_names:
             if not self._sizes:
                 self.find_size(None, (batch.shape[-2], batch.shape[-1]))
-            self.choose_class(self.class_name)
-        return super().forward(batch, *args, **kwargs)
+            self.choose_class(*self.products.names)
+        network = cast("nn.Module", self.model)
+        prediction = network(self.pre_processor(batch) if self.pre_processor else batch)
+        processed = self.post_processor(prediction) if self.post_processor else prediction
+        return with_class(processed, prediction.class_index, self.model.class_names, self._tells)
 
     def val_dataloader(self) -> list:
         """No data: lets anomalib predict and benchmark without a datamodule; a datamodule's own comes first."""
@@ -246,6 +275,8 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         """Score a batch, and keep the model's own scores on it."""
         del batch_idx, dataloader_idx
         ours = ZeroShotBatch.of(cast("ImageBatch", batch))
+        if ours.class_index is None and (index := self.products.index(ours.image_path, self.model.class_names)):
+            ours.class_index = torch.tensor(index, device=self.device)
         scores = self.kept_scores(ours)
         if scores is None:
             scores = self._scores(ours)
@@ -262,36 +293,19 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             return self.model.scores_of(batch.features, batch.class_index)
         return self.model.scores(cast("torch.Tensor", batch.image), batch.class_index)
 
-    def on_validation_batch_end(
-        self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """See :func:`warn_of_not_finite`."""
-        del batch, batch_idx, dataloader_idx
-        warn_of_not_finite(cast("ZeroShotBatch", outputs))
-
-    def on_test_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """See :func:`warn_of_not_finite`."""
-        del batch, batch_idx, dataloader_idx
-        warn_of_not_finite(cast("ZeroShotBatch", outputs))
-
     def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - Lightning's
-        """See :func:`warn_of_not_finite`."""
+        """Name classes, and images that could not be scored."""
         del batch, batch_idx, dataloader_idx
-        warn_of_not_finite(cast("ZeroShotBatch", outputs))
+        self._tell(cast("ZeroShotBatch", outputs))
 
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end
 
-def warn_of_not_finite(batch: ZeroShotBatch) -> None:
-    """Name images that could not be scored; when a batch is done, since a device has to be waited for to know."""
-    if batch.text_score is not None and not batch.text_score.isfinite().all():
-        bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
-        names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
-        logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)
+    def _tell(self, batch: ZeroShotBatch) -> None:
+        # When a batch is done, since a device has to be waited for.
+        numbers = [0] * batch.batch_size if batch.class_index is None else batch.class_index.tolist()
+        batch.class_name = [self.model.class_names[number] for number in numbers]
+        warn_of_not_finite(batch)
 
 
 def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in state.items()}
-
-
-def _class_of(datamodule: object) -> str | None:
-    names = (getattr(datamodule, key, None) for key in ("category", "name"))
-    return next((name for name in names if isinstance(name, str) and name.strip()), None)

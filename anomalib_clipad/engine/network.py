@@ -1,11 +1,12 @@
 """What the engine side needs of a network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 import torch
 
 from anomalib_clipad.components import (
+    ClassChoice,
     DefectName,
     DefectNames,
     DualPathFeatures,
@@ -32,6 +33,7 @@ class ZeroShotNetwork(Protocol):
         text_features: (classes, 2, D) text vectors, normal and anomalous.
         class_names: The classes that these belong to.
         defect_names: Words for what is found, if any are asked for.
+        class_choice: Chooses an image's class, where it is not given.
         fusion: One image score from two.
         references: Patches of normal images, if there are any.
         tile_references: Likewise of their tiles, if pictures are cut into any.
@@ -51,6 +53,7 @@ class ZeroShotNetwork(Protocol):
     text_features: torch.Tensor
     class_names: tuple[str, ...]
     defect_names: DefectNames
+    class_choice: ClassChoice
     fusion: ScoreFusion
     references: ReferenceBank
     tile_references: ReferenceBank
@@ -76,8 +79,8 @@ class ZeroShotNetwork(Protocol):
     def score_limits(self) -> tuple[float, float]:
         """Between what an image's score lies, as a rule."""
 
-    def set_classes(self, class_names: Sequence[str]) -> None:
-        """Encode the prompts of these classes."""
+    def set_classes(self, class_names: Sequence[str], choose: bool = False) -> None:
+        """Encode the prompts of these classes, and prepare to choose each image's."""
 
     def forget_classes(self) -> None:
         """Have no class."""
@@ -90,11 +93,19 @@ class ZeroShotNetwork(Protocol):
     ) -> list[DefectName]:
         """Name what is in regions of images."""
 
-    def fit_defect_baseline(self, evidence: torch.Tensor) -> None:
+    def fit_defect_baseline(self, evidence: torch.Tensor, class_index: torch.Tensor | None = None) -> None:
         """Let the words' evidence on normal images be their zero."""
 
     def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
         """Compare all further images with these, and score these, each compared with the others."""
+
+    def set_references_of_classes(
+        self, images: Sequence[Iterable[torch.Tensor]], augment: bool = False, few: Collection[int] = ()
+    ) -> list[Scores]:
+        """Likewise, class by class; those with too few of their own take all of them."""
+
+    def classes_of(self, images: torch.Tensor) -> torch.Tensor:
+        """The class that each image shows."""
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """Map and scores of images."""
@@ -102,11 +113,13 @@ class ZeroShotNetwork(Protocol):
     def scores_of(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> Scores:
         """Map and scores of taps."""
 
-    def fuse(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
+    def fuse(
+        self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """One score an image from two."""
 
-    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor) -> None:
-        """Take the ranges of both scores from labelled validation images."""
+    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor, number: int | None = None) -> None:
+        """Take the ranges of both scores from labelled validation images, of one class or of all."""
 
     def predictions(self, scores: Scores) -> Prediction:
         """The two scores of an image as one."""

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -84,11 +85,21 @@ class NormalImages:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The images that can be read, (3, H, W) each; the others are named in the log."""
+        return (image for _, image in self.named())
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Likewise, with their paths."""
         readable = ReadableDataset(_Files(self.paths))
-        for index in range(len(self.paths)):
+        for index, path in enumerate(self.paths):
             item = readable[index]
             if item is not None:
-                yield self.transform(cast("torch.Tensor", item.image))
+                yield path, self.transform(cast("torch.Tensor", item.image))
+
+    def some(self, paths: Sequence[str]) -> "NormalImages":
+        """Some of them, in this order."""
+        chosen = copy(self)
+        chosen.paths = tuple(paths)
+        return chosen
 
 
 class _Files(Dataset):

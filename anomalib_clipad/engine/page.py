@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from anomalib_clipad.components.pretrained import not_for_use
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.data.verdict import Verdict, verdicts
-from anomalib_clipad.engine.post_processing import map_on_the_scale
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor, map_on_the_scale
 from anomalib_clipad.engine.run_folder import run_folder, skipped_images, writing
 from anomalib_clipad.engine.scored_batches import ScoredBatches
 from anomalib_clipad.errors import InputError
@@ -153,10 +153,11 @@ def _scores(batch: ZeroShotBatch, model: LightningModule) -> list[float]:
     if post_processor is None or batch.raw_score is None:
         return shown.tolist()
     raw = batch.raw_score.detach().float().cpu().reshape(-1)
-    low, high, threshold = (
-        float(value) for value in (post_processor.image_min, post_processor.image_max, post_processor.image_threshold)
-    )
-    beyond = (raw - threshold) / (high - low) + THRESHOLD if high > low else shown
+    limits = (post_processor.image_min, post_processor.image_max, post_processor.image_threshold)
+    if isinstance(post_processor, ClipAdPostProcessor):
+        limits = post_processor.limits("image", batch.class_index)
+    low, high, threshold = (value.detach().float().cpu() for value in limits)
+    beyond = torch.where(high > low, (raw - threshold) / (high - low) + THRESHOLD, shown)
     inside = (shown > 0) & (shown < 1) & post_processor.enable_normalization
     return torch.where(inside | ~beyond.isfinite(), shown, beyond).tolist()
 

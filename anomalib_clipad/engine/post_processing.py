@@ -7,20 +7,19 @@ from typing import Any, cast
 
 import torch
 from anomalib.data import Batch, InferenceBatch
-from anomalib.data.utils import ValSplitMode
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import functional as F
 from torchmetrics.aggregation import CatMetric
 
-from anomalib_clipad.components.conformal import conformal_threshold, p_values
+from anomalib_clipad.components.conformal import conformal_threshold
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import MapScale, Prediction, Scores
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.data.inside import inside_only
-from anomalib_clipad.engine.host import datamodule_of
+from anomalib_clipad.engine.class_pools import ClassPoolsMixin, Pool, classes_of, may_use_validation, summary_of
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.threshold_messages import announce, warn_of_degenerate, warn_of_one_label
 
@@ -31,7 +30,7 @@ METRICS = tuple(f"_{level}_{kind}_metric" for level in ("image", "pixel") for ki
 STEP = 0.01  # as far below a score as its threshold may look for the next one; the least range of scores, too
 
 
-class ClipAdPostProcessor(Float32Buffers, PostProcessor):
+class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
     """anomalib's post-processor, with thresholds from labelled images, from normal ones alone, or from neither.
 
     - Labelled validation images: the thresholds of the best F1.
@@ -59,10 +58,11 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         (tensor([0.5000]), tensor([True]))
     """
 
-    growing = ("good_scores", "normal")
+    growing = ("good_scores", "normal", "normal_class")
 
     good_scores: torch.Tensor
     normal: torch.Tensor
+    normal_class: torch.Tensor
 
     def __init__(
         self,
@@ -84,10 +84,11 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         self.region: RegionOfPictures | None = None  # that of the model it is given to
         self.false_alarm_rate = false_alarm_rate
         self.register_buffer("good_scores", torch.empty(0))  # image scores of normal images, ascending
-        # Normal images from outside of the validation data: _summary, and 1 for a reference. A buffer, since it belongs
-        # to the class at hand as the thresholds do.
+        # Normal images from outside of the validation data: their summary, and 1 for a reference. Buffers: they belong
+        # to the classes at hand as the thresholds do.
         self.register_buffer("normal", torch.empty(0, 5))
-        self._validated, self._labels = CatMetric(), CatMetric()
+        self.register_buffer("normal_class", torch.empty(0))  # (n,) their classes, where there are several
+        self._validated, self._labels, self._classes = CatMetric(), CatMetric(), CatMetric()
         self._given: list[torch.Tensor] = []  # labels of this run
 
     def set_from_normal(self, network: ZeroShotNetwork, scored: Iterable[Scores], references: int) -> None:
@@ -99,10 +100,14 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
                 that one reference fewer changes little; it rather raises the threshold.
             references: How many of them are references.
         """
-        summary = torch.cat([_summary(scores, network.region) for scores in scored])
+        batches = list(scored)
+        summary = torch.cat([summary_of(scores, network.region) for scores in batches])
         is_reference = torch.arange(len(summary), device=summary.device) < references
         self.normal = torch.cat([summary, is_reference[:, None]], dim=1).to(self.normal)
-        self._set_conformal(network, self.normal)
+        self.normal_class = self.normal_class[:0]
+        if len(network.class_names) > 1:
+            self.normal_class = torch.cat([classes_of(scores) for scores in batches]).to(self.normal)
+        self.set_pools(network, Pool(summary[:0], summary[:0, 0].int(), self.normal, self.normal_class.long()), None)
 
     def on_validation_batch_end(  # type: ignore[override]  # anomalib hands on batches, not what Lightning names
         self,
@@ -113,12 +118,16 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         **kwargs: Any,  # noqa: ANN401 - Lightning's
     ) -> None:
         """Collect the scores of a labelled batch; they can be normalised only when all are known."""
-        del pl_module, args, kwargs
+        del args, kwargs
         if outputs.gt_label is None or trainer.state.fn == TrainerFn.FITTING:
             return  # nothing to learn a threshold from, or not the data that thresholds are for
-        self._validated.update(_summary(outputs, self.region))
+        self._validated.update(summary_of(outputs, self.region))
         self._labels.update(outputs.gt_label)
-        self._pixel_threshold_metric.update(inside_only(outputs, self._pixel_threshold_metric.fields))
+        inside = inside_only(outputs, self._pixel_threshold_metric.fields)
+        if len(cast("ZeroShotNetwork", pl_module.model).class_names) > 1:
+            self._classes.update(classes_of(outputs))
+            self.update_pixels_of_classes(outputs, classes_of(outputs))
+        self._pixel_threshold_metric.update(inside)
         self._pixel_min_max_metric.update(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,24 +137,42 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         network = cast("ZeroShotNetwork", pl_module.model)
         summary = self._validated.compute().reshape(-1, 4)
         labels = self._labels.compute().reshape(-1).int()
+        classes = self.normal_class.to(summary).long()
+        if self._classes.update_called:
+            classes = torch.cat([classes, self._classes.compute().reshape(-1).long()])
+        self.set_pools(network, Pool(summary, labels, self.normal.to(summary), classes), trainer)
+        for name in ("_validated", "_labels", "_classes", *METRICS):
+            getattr(self, name).reset()
+
+    def set_from(
+        self,
+        network: ZeroShotNetwork,
+        pool: Pool,
+        trainer: Trainer | None,
+        number: int | None = None,
+        of: str | None = "",
+    ) -> None:
+        """See :meth:`ClassPoolsMixin.set_from`."""
+        summary, labels, normal, _ = pool
+        given, validated = pool.of_normal, pool.of_validated
         if labels.any():
-            network.fit_fusion(*summary[:, :2].T)
-            scores = network.fuse(*summary[:, :2].T)
+            network.fit_fusion(summary[:, 0], summary[:, 1], number)
+            scores = network.fuse(summary[:, 0], summary[:, 1], validated)
             epoch = cast("Batch", SimpleNamespace(pred_score=scores, gt_label=labels))
             self._image_threshold_metric.update(epoch)
             self._image_min_max_metric.update(epoch)
-            super().on_validation_epoch_end(trainer, pl_module)
+            super().on_validation_epoch_end(cast("Trainer", trainer), cast("LightningModule", None))
             self._between_scores(scores, labels)
-            warn_of_degenerate(scores, labels, float(self._image_threshold))
-        normal = self.normal.to(summary)
+            if of is not None:
+                warn_of_degenerate(scores, labels, float(self._image_threshold), of)
         if self.false_alarm_rate is not None or not labels.any():
-            if self._may_use_validation(trainer):
+            if may_use_validation(trainer, normal):
                 normal = torch.cat([normal, F.pad(summary[labels == 0], (0, 1))])
-            self._set_conformal(network, normal)
+                if given is not None and validated is not None:
+                    given = torch.cat([given, validated[labels == 0]])
+            self._set_conformal(network, normal, given, of)
         elif len(normal):
-            self.good_scores = network.fuse(*normal[:, :2].T).sort().values
-        for name in ("_validated", "_labels", *METRICS):
-            getattr(self, name).reset()
+            self.good_scores = network.fuse(normal[:, 0], normal[:, 1], given).sort().values
 
     def _between_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         if self.enable_thresholding and not labels.all():
@@ -154,12 +181,9 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             lower = torch.where(scores < threshold, scores, -torch.inf).max().clamp(min=threshold - STEP)
             threshold.copy_((threshold + lower) / 2)
 
-    def _may_use_validation(self, trainer: Trainer) -> bool:
-        """Whether validation images count as normal ones: not where they are the test images, and there are others."""
-        data = datamodule_of(trainer)
-        return not len(self.normal) or data is None or data.val_split_mode != ValSplitMode.SAME_AS_TEST
-
-    def _set_conformal(self, network: ZeroShotNetwork, normal: torch.Tensor) -> None:
+    def _set_conformal(
+        self, network: ZeroShotNetwork, normal: torch.Tensor, class_index: torch.Tensor | None, of: str | None
+    ) -> None:
         if not len(normal):
             logger.warning(
                 "There is no normal image to keep false_alarm_rate %s with, so the labels follow the best F1; give "
@@ -167,7 +191,7 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
                 self.false_alarm_rate,
             )
             return
-        scores = network.fuse(*normal[:, :2].T)
+        scores = network.fuse(normal[:, 0], normal[:, 1], class_index)
         image, pixel = (conformal_threshold(values, self.false_alarm_rate) for values in (scores, normal[:, 2]))
         self.good_scores = scores.sort().values.to(self.good_scores.device)
         low, high = network.score_limits
@@ -175,20 +199,14 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         self._set("image", image.value, reach)
         # Most pixels of a normal image are shown as 0.
         self._set("pixel", pixel.value, max(pixel.value - float(normal[:, 3].mean()), torch.finfo().tiny))
-        announce(image, self.false_alarm_rate, int(normal[:, 4].sum()))
-
-    def _set(self, level: str, threshold: float, reach: float) -> None:
-        """Set a threshold, and the range in which scores are told apart: as far below it as above."""
-        getattr(self, f"_{level}_threshold").fill_(threshold)
-        getattr(self, f"{level}_min").fill_(threshold - reach)
-        getattr(self, f"{level}_max").fill_(threshold + reach)
+        if of is not None:
+            announce(image, self.false_alarm_rate, int(normal[:, 4].sum()), of)
 
     def post_process_batch(self, batch: Batch) -> None:
         """Normalise and threshold a batch in place, and give p-values where scores of normal images are known."""
         ours = cast("ZeroShotBatch", batch)
         prediction = Prediction(*(getattr(ours, name) for name in Prediction._fields))
-        if len(self.good_scores):
-            ours.p_value = p_values(prediction.pred_score, self.good_scores)
+        ours.p_value = self.p_values(prediction.pred_score, prediction.class_index)
         processed = self(prediction)
         batch.update(**processed._asdict())
         if processed.pred_label is not None:
@@ -216,11 +234,11 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             Scores and maps in [0, 1]; labels and masks by threshold where one is known, else by rule. What is not a
             number is anomalous. Outside of a region the map is 0, and nothing is marked.
         """
-        score, anomaly_map, *_ = predictions
+        score, anomaly_map, class_index = predictions.pred_score, predictions.anomaly_map, predictions.class_index
         region = None if self.region is None else self.region.inside
-        shown_score = self._shown("image", score, score.clamp(0, 1))
+        shown_score = self._shown("image", score, score.clamp(0, 1), class_index)
         by_rule = anomaly_map if self.map_scale is None else self.map_scale.squash(anomaly_map)
-        shown_map = self._shown("pixel", anomaly_map, by_rule)
+        shown_map = self._shown("pixel", anomaly_map, by_rule, class_index)
         if region is not None:
             shown_map = torch.where(region, shown_map, 0.0)
         label = mask = None
@@ -232,13 +250,23 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
             score, anomaly_map = shown_score, shown_map
         return InferenceBatch(score, label, anomaly_map, mask)
 
-    def _shown(self, level: str, values: torch.Tensor, by_rule: torch.Tensor) -> torch.Tensor:
+    def pixel_mask(self, anomaly_map: torch.Tensor, class_index: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The mask of a map that :meth:`forward` gave, enlarged; ``None`` where there are to be none."""
+        if not self.enable_thresholding:
+            return None
+        by_rule = anomaly_map if self.map_scale is None else self.map_scale.squash(anomaly_map)
+        shown = anomaly_map if self.enable_normalization else self._shown("pixel", anomaly_map, by_rule, class_index)
+        return ~(shown <= 1 - self.pixel_sensitivity)
+
+    def _shown(
+        self, level: str, values: torch.Tensor, by_rule: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Values in [0, 1], the threshold at 0.5."""
         # Finite where unknown, since quantisers stumble over branches not taken.
-        unknown = {"min": 0.0, "max": 1.0, "threshold": 0.5}
-        limits = (getattr(self, f"{level}_{key}").nan_to_num(value) for key, value in unknown.items())
-        normalised = cast("torch.Tensor", self._normalize(values, *limits))
-        return torch.where(getattr(self, f"{level}_threshold").isnan(), by_rule, normalised)
+        limits = self.limits(level, class_index, dims=values.ndim - 1)
+        known = (limit.nan_to_num(value) for limit, value in zip(limits, (0.0, 1.0, 0.5), strict=True))
+        normalised = cast("torch.Tensor", self._normalize(values, *known))
+        return torch.where(limits[-1].isnan(), by_rule, normalised)
 
     def _load_from_state_dict(
         self,
@@ -250,16 +278,6 @@ class ClipAdPostProcessor(Float32Buffers, PostProcessor):
         for name in self.growing:  # a version without them has written the state dict
             state_dict.setdefault(prefix + name, getattr(self, name)[:0])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _summary(scores: Scores | ZeroShotBatch, region: RegionOfPictures | None) -> torch.Tensor:
-    """(B, 4) of a batch: text score, map score, largest and mean map value inside a region."""
-    maps = cast("torch.Tensor", scores.anomaly_map)
-    if region is not None and region.inside is not None:
-        maps = region.values(maps)[:, None]
-    largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
-    text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
-    return torch.stack([text, whole, largest, mean], dim=1).float()
 
 
 def map_on_the_scale(of: ZeroShotBatch | ZeroShotItem, model: LightningModule) -> torch.Tensor:

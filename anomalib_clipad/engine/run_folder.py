@@ -14,6 +14,7 @@ from anomalib_clipad.errors import InputError
 
 ATTEMPTS = 10  # at a folder of a new number, while other runs make theirs
 IMAGES = "images"  # folder of the pictures in that of the run
+HEATMAPS, MASKS = "heatmaps", "masks"  # likewise, of heatmaps and masks in the pictures' own size
 
 
 class RunFolder(Callback):
@@ -104,6 +105,8 @@ def skipped_images(trainer: Trainer, scored: Collection[str]) -> list[str]:
 def _loaders(trainer: Trainer) -> list[Any]:
     """The loaders of the run whose data set names its images."""
     loaders: Any = trainer.predict_dataloaders if trainer.predicting else trainer.test_dataloaders
+    if trainer.validating:
+        loaders = trainer.val_dataloaders
     of_run = loaders if isinstance(loaders, list | tuple) else [loaders]
     return [loader for loader in of_run if isinstance(getattr(loader, "dataset", None), ReadableDataset)]
 

@@ -1,10 +1,13 @@
 """Callbacks that act on every batch that test or predict has scored."""
 
+import logging
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_clipad.data.batch import ZeroShotBatch
+
+logger = logging.getLogger(__name__)
 
 
 class ScoredBatches(Callback):
@@ -60,3 +63,19 @@ class ScoredBatches(Callback):
         self.end(trainer, pl_module)
 
     on_predict_epoch_start, on_predict_batch_end, on_predict_end = on_test_epoch_start, on_test_batch_end, on_test_end
+
+
+def warn_of_not_finite(batch: ZeroShotBatch) -> None:
+    """Name images that could not be scored.
+
+    Args:
+        batch: As the network has scored it.
+
+    Example:
+        >>> import torch
+        >>> warn_of_not_finite(ZeroShotBatch(image=torch.zeros(1, 3, 8, 8), text_score=torch.tensor([0.5])))
+    """
+    if batch.text_score is not None and not batch.text_score.isfinite().all():
+        bad = (~batch.text_score.isfinite()).nonzero()[:, 0].tolist()
+        names = ", ".join(str(batch.image_path[i]) if batch.image_path else f"number {i} of a batch" for i in bad)
+        logger.warning("Not finite, so scored NaN and called anomalous: image %s; look at its pixel values.", names)

@@ -94,21 +94,20 @@ class SinglePassMixin(_Module):
             return None
         self.served += len(known)
         columns = zip(*known, strict=True)
-        present = [torch.stack(column).to(self.device) for column in columns if column[0] is not None]
-        return Scores(*present)
+        return Scores(*(None if column[0] is None else torch.stack(column).to(self.device) for column in columns))  # type: ignore[arg-type]  # mypy loses the fields
 
     def keep_scores(self, batch: ZeroShotBatch, scores: Scores) -> None:
         """Keep the scores of a batch of the validation pass, as far as there is room."""
         if self._kept_for is None or self.trainer.state.fn != TrainerFn.VALIDATING or not batch.image_path:
             return
-        present = [values for values in scores if values is not None]  # in order: the last may be absent
-        size = sum(values.nbytes for values in present)
+        size = sum(values.nbytes for values in scores if values is not None)
         if self._kept_bytes + size > MOST_BYTES:
             return
         self._kept_bytes += size
         # A copy, so that a row does not hold its batch, and nothing later changes it.
-        rows = zip(*(values.detach().to("cpu", copy=True) for values in present), strict=True)
-        self._kept |= {path: Scores(*row) for path, row in zip(batch.image_path, rows, strict=True)}
+        columns = [None if values is None else values.detach().to("cpu", copy=True) for values in scores]
+        for row, path in enumerate(batch.image_path):
+            self._kept[path] = Scores(*(None if column is None else column[row] for column in columns))  # type: ignore[arg-type]  # as above
 
 
 def _tests_what_it_validates(datamodule: AnomalibDataModule) -> bool:

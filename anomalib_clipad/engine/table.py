@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 from anomalib_clipad.data.verdict import VERDICTS, Verdict, verdicts
-from anomalib_clipad.engine.run_folder import IMAGES, run_folder, skipped_images, writing
+from anomalib_clipad.engine.run_folder import HEATMAPS, IMAGES, MASKS, run_folder, skipped_images, writing
 from anomalib_clipad.engine.scored_batches import ScoredBatches
 from anomalib_clipad.page.page import NAME as PAGE
 
@@ -105,7 +105,7 @@ class PredictionTable(ScoredBatches):
             words += f"; {len(skipped)} skipped: {', '.join(skipped[:MOST_NAMED])}{more}"
         folder = self._folder
         here = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        there = [name for name in (NAME, IMAGES, PAGE) if (folder / name).exists()]
+        there = [name for name in (NAME, IMAGES, HEATMAPS, MASKS, PAGE) if (folder / name).exists()]
         logger.info("%s. Results in %s: %s.", words, here, ", ".join(there))
 
     def _join(self, table: Path, part: Path) -> None:

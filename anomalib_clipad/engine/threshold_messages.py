@@ -1,4 +1,4 @@
-"""What a user is to know of the thresholds of a run."""
+"""What a user is to know of the scores and thresholds of a run."""
 
 import logging
 import math
@@ -18,14 +18,20 @@ ADVICE = "check class_name and prompts, or give normal images by few_shot_source
 LOWEST_AUROC = 0.6  # of validation images, below which the scores are of no use
 
 
-def announce(threshold: ConformalThreshold, rate: float | None, references: int) -> None:
+def announce(threshold: ConformalThreshold, rate: float | None, references: int, of: str = "") -> None:
     """Say what false-alarm rate to expect, and which one could not be had.
+
+    Args:
+        threshold: Of the image score.
+        rate: What was asked for.
+        references: How many of the threshold's images are references.
+        of: Which class it is of, where there are several.
 
     Example:
         >>> announce(ConformalThreshold(value=0.7, images=19, rank=19), rate=0.05, references=4)
     """
     count = threshold.images
-    which = f"{count} normal image{'s' if count > 1 else ''}"
+    which = f"{count} normal image{'s' if count > 1 else ''}{of and f' of {of}'}"
     if references == count:
         which += " (all of them references)" if count > 1 else " (the reference)"
     elif references:
@@ -52,13 +58,14 @@ def warn_of_one_label(labels: list[torch.Tensor]) -> None:
         logger.warning("All %d images are called anomalous; if they are not, %s.", count, ADVICE)
 
 
-def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: float) -> None:
+def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: float, of: str = "") -> None:
     """Say where labelled images show that the scores or the threshold are of no use.
 
     Args:
         scores: (N,) image scores.
         labels: (N,) 1 where anomalous.
         threshold: Threshold of the scores.
+        of: Which class they are of, where there are several.
 
     Example:
         >>> warn_of_degenerate(torch.tensor([0.1, 0.9]), torch.tensor([0, 1]), threshold=0.5)
@@ -69,8 +76,9 @@ def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: fl
     metric.update(cast("Batch", SimpleNamespace(raw_score=scores, gt_label=labels)))
     auroc = float(metric.compute())
     if auroc < LOWEST_AUROC:
-        words = "The scores hardly tell anomalous validation images from normal ones (AUROC %.2f); %s."
-        logger.warning(words, auroc, ADVICE)
+        words = "The scores hardly tell anomalous validation images%s from normal ones (AUROC %.2f); %s."
+        logger.warning(words, of and f" of {of}", auroc, ADVICE)
     elif (scores > threshold).all() or (scores <= threshold).all():
         found = "anomalous" if (scores > threshold).all() else "normal"
-        logger.warning("At the threshold of the best F1 all validation images are %s; %s.", found, ADVICE)
+        words = "At the threshold of the best F1 all validation images%s are %s; %s."
+        logger.warning(words, of and f" of {of}", found, ADVICE)

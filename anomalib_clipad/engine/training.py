@@ -22,7 +22,7 @@ from torch import nn
 from anomalib_clipad.components import DualPathFeatures
 from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.data.batch import ZeroShotBatch
-from anomalib_clipad.engine.checkpoint import IDENTITY
+from anomalib_clipad.engine.checkpoint import IDENTITY, OF_CLASSES
 from anomalib_clipad.engine.checkpoint_parts import damaged, difference
 from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.module import ZeroShotMixin
@@ -222,7 +222,9 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
             self.model.forget_classes()
             own = self.state_dict()
             checkpoint["state_dict"] |= {
-                key: own[key] for key in own if key.startswith(("model.text_features", "model._extra_state"))
+                key: own[key]
+                for key in own
+                if key.startswith(("model.text_features", "model._extra_state", *OF_CLASSES))
             }
 
     def _check_resumable(self, checkpoint: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ THRESHOLD = 0.5
 COLOURS = "inferno"
 LEVELS = 256
 STEEPNESS, OPAQUEST = 1.5, 0.85  # opacity = OPAQUEST * value ** STEEPNESS
+BAND = 512  # rows drawn at once, which bounds the memory of large maps
 LINE = 2  # pixels of each of the two lines of an outline
 NOT_FINITE = (128, 128, 128, 200)  # red, green, blue, opacity
 PREDICTED = (255, 255, 255)
@@ -58,10 +59,13 @@ def heat_layer(anomaly_map: np.ndarray) -> Image.Image:
         >>> layer.size, layer.getpixel((0, 0))[3], layer.getpixel((1, 0))[3] > 200
         ((2, 1), 0, True)
     """
-    values = np.asarray(anomaly_map, dtype=np.float32)
-    finite = np.isfinite(values)
-    levels = (np.where(finite, values, 0).clip(0, 1) * (LEVELS - 2)).round()
-    layer = Image.fromarray(np.where(finite, levels, LEVELS - 1).astype(np.uint8))
+    levels = np.empty(np.shape(anomaly_map), dtype=np.uint8)
+    for top in range(0, len(levels), BAND):
+        values = np.asarray(anomaly_map[top : top + BAND], dtype=np.float32)
+        finite = np.isfinite(values)
+        shades = (np.where(finite, values, 0).clip(0, 1) * (LEVELS - 2)).round()
+        levels[top : top + BAND] = np.where(finite, shades, LEVELS - 1)
+    layer = Image.fromarray(levels)
     layer.putpalette(colours()[:, :3].tobytes())  # which turns a grey picture into one of mode P
     layer.info["transparency"] = colours()[:, 3].tobytes()
     return layer

@@ -1,7 +1,7 @@
 """A few normal images that a network compares all further ones with, too."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from anomalib_clipad.components import (
     Tiling,
 )
 from anomalib_clipad.components.defect_names import DefectName
-from anomalib_clipad.components.reference import ReferenceTokens, turns
+from anomalib_clipad.components.reference_tokens import ReferenceTokens, turns
 from anomalib_clipad.components.tiling import ViewScores
 from anomalib_clipad.errors import InputError
 
@@ -48,7 +48,7 @@ class FewShotNetwork(ClassTextFeatures):
         """The features of views; for the subclass to fill."""
         raise NotImplementedError
 
-    def compare(self, features: DualPathFeatures) -> ViewScores:
+    def compare(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> ViewScores:
         """Compare taps with the text vectors; for the subclass to fill."""
         raise NotImplementedError
 
@@ -61,16 +61,24 @@ class FewShotNetwork(ClassTextFeatures):
         """One map and two scores; for the subclass to fill."""
         raise NotImplementedError
 
-    def fuse(self, text_score: torch.Tensor, map_score: torch.Tensor) -> torch.Tensor:
-        """One score an image from two, (B,) each."""
+    def fuse(
+        self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One score an image from two, (B,) each; ``class_index`` is the images', the first class by default."""
         if self.references.fitted:
-            return self.reference_fusion.fuse_scores(text_score, map_score)
-        return self.fusion(text_score, map_score)
+            return self.reference_fusion.fuse_scores(text_score, map_score, class_index)
+        return self.fusion(text_score, map_score, class_index)
 
-    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor) -> None:
-        """Take the ranges of both scores from labelled validation images; with references they are not needed."""
+    def fit_fusion(self, text_score: torch.Tensor, map_score: torch.Tensor, number: int | None = None) -> None:
+        """Take the ranges of both scores from labelled validation images; with references they are not needed.
+
+        Args:
+            text_score: (N,), of the images.
+            map_score: (N,), likewise.
+            number: Index of their class; the ranges become every class's by default.
+        """
         if not self.references.fitted:
-            self.fusion.fit(text_score, map_score)
+            self.fusion.fit(text_score, map_score, number)
 
     @property
     def score_limits(self) -> tuple[float, float]:
@@ -94,30 +102,67 @@ class FewShotNetwork(ClassTextFeatures):
         Raises:
             InputError: If no class is set, or an image is of another size, or not finite.
         """
+        gathered = self._gather(images, augment)
+        if not gathered[0].seen:
+            msg = "There is no image to take as a reference; give at least one batch."
+            raise InputError(msg)
+        joined = self._fit((self.references, self.tile_references), *gathered, augment)
+        if joined.defect_evidence is not None:
+            self.fit_defect_baseline(joined.defect_evidence)
+        return self.joined_scores(joined)
+
+    @torch.no_grad()
+    def set_references_of_classes(
+        self, images: Sequence[Iterable[torch.Tensor]], augment: bool = False, few: Collection[int] = ()
+    ) -> list[Scores]:
+        """Compare all further images with normal ones of their class, too.
+
+        Args:
+            images: Of each class, as :meth:`set_references` takes them.
+            augment: See :meth:`set_references`.
+            few: Classes that have too few of their own; images of these are compared with those of all classes.
+
+        Returns:
+            What the images of the other classes score, see :meth:`set_references`.
+
+        Raises:
+            InputError: If there is no image, or one is of another size, or not finite.
+        """
+        gathered = [self._gather(own, augment, number) for number, own in enumerate(images)]
+        pairs = [(self._new_bank(), self._new_bank()) for _ in gathered]
+        scored = []
+        for number, (banks, own) in enumerate(zip(pairs, gathered, strict=True)):
+            if number in few:
+                whole, tiles = (_Gathered.cat(parts) for parts in zip(*gathered, strict=True))
+                self._fit(banks, whole, tiles, augment, number)
+            else:
+                scored.append(self.joined_scores(self._fit(banks, *own, augment, number)))
+        self.references.join([bank for bank, _ in pairs])
+        self.tile_references.join([bank for _, bank in pairs])
+        return scored
+
+    def classes_of(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,) index of the class that each image shows, see :class:`anomalib_clipad.components.ClassChoice`."""
+        self.check_size(images, self.image_size)
+        return cast("torch.Tensor", self.class_choice(self.taps(self.tiling.whole(self.region.fill(images))).surgery))
+
+    def _new_bank(self) -> ReferenceBank:
+        bank = self.references
+        taps, width = bank.patches.shape[1:]
+        return ReferenceBank(taps, width, bank.grid, bank.max_patches).to(bank.patches.device)
+
+    def _gather(
+        self, images: Iterable[torch.Tensor], augment: bool, number: int | None = None
+    ) -> tuple["_Gathered", "_Gathered"]:
+        """What the tower finds in whole images and in their tiles, all of one class."""
         whole, tiles = _Gathered(), _Gathered()
         for batch in images:
             self.check_size(batch, self.image_size)
             filled = self.region.fill(batch)
             for turn, turned in enumerate(turns(filled) if augment else [filled]):
-                self._gather([self.tiling.whole(turned)], turn, whole)
-                self._gather(self.tiling.tiles(turned, self.tile_batch_size), turn, tiles)
-        if not whole.seen:
-            msg = "There is no image to take as a reference; give at least one batch."
-            raise InputError(msg)
-        with torch.autocast(self.text_features.device.type, enabled=False):
-            count = sum(len(seen.text_score) for seen in whole.seen)
-            inside = self._patches_inside(augment)
-            of_tiles = None
-            if tiles.seen:
-                of_tiles = self._fit(self.tile_references, tiles, count, inside, self.tiling.places(self.grid))
-            joined = self.tiling.join(self._fit(self.references, whole, count, inside), of_tiles, self.region.tiles)
-            text_map, reference_map = (
-                self.region.values(maps) for maps in (joined.text_map, cast("torch.Tensor", joined.reference_map))
-            )
-            self.reference_fusion.fit(text_map, reference_map, joined.text_score)
-            if joined.defect_evidence is not None:
-                self.fit_defect_baseline(joined.defect_evidence)
-            return self.joined_scores(joined)
+                self._look_at([self.tiling.whole(turned)], turn, whole, number)
+                self._look_at(self.tiling.tiles(turned, self.tile_batch_size), turn, tiles, number)
+        return whole, tiles
 
     def name_defects(
         self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
@@ -132,10 +177,14 @@ class FewShotNetwork(ClassTextFeatures):
         patches = self.tiling.patch_means(weights, self.grid, self.tile_batch_size)
         return cast("list[DefectName]", self.defect_names(evidence, patches, class_index))
 
-    def fit_defect_baseline(self, evidence: torch.Tensor) -> None:
-        """Let the words' evidence on normal images, (k, V, N, words), be their zero."""
-        inside = self._patches_inside()
-        self.defect_names.baseline.fit(evidence, None if inside is None else inside[0])
+    def fit_defect_baseline(self, evidence: torch.Tensor, class_index: torch.Tensor | None = None) -> None:
+        """Let the words' evidence on normal images, (k, V, N, words), be their zero; of several classes, each's own."""
+        inside, names = self._patches_inside(), self.defect_names
+        whole = None if inside is None else inside[0]
+        if class_index is None:
+            names.baseline.fit(evidence, whole)
+        else:
+            names.baseline.fit_classes(evidence, class_index, names.words, whole)
 
     def _patches_inside(self, augment: bool = False) -> torch.Tensor | None:
         """(turns, V, N), true for patches of the whole picture and its tiles that are inside the region in part."""
@@ -145,14 +194,37 @@ class FewShotNetwork(ClassTextFeatures):
         views = torch.cat([turned[:, 0] for turned in (turns(pixels) if augment else [pixels])])
         return self.tiling.patch_means(views, self.grid, self.tile_batch_size) > 0
 
-    def _gather(self, views: Iterable[torch.Tensor], turn: int, gathered: "_Gathered") -> None:
+    def _look_at(self, views: Iterable[torch.Tensor], turn: int, gathered: "_Gathered", number: int | None) -> None:
         for view in views:
             features = self.taps(view)
             gathered.tokens.add(turn, features.original)
             if turn == 0:
-                gathered.seen.append(self.compare(features))
+                own = None if number is None else torch.full((len(view),), number, device=view.device)
+                gathered.seen.append(self.compare(features, own))
 
     def _fit(
+        self,
+        banks: tuple[ReferenceBank, ReferenceBank],
+        whole: "_Gathered",
+        tiles: "_Gathered",
+        augment: bool,
+        number: int | None = None,
+    ) -> ViewScores:
+        """Fill the banks of whole images and of tiles, and measure the units of a class, the first one by default."""
+        with torch.autocast(self.text_features.device.type, enabled=False):
+            count = sum(len(seen.text_score) for seen in whole.seen)
+            inside = self._patches_inside(augment)
+            of_tiles = None
+            if tiles.seen:
+                of_tiles = self._fit_bank(banks[1], tiles, count, inside, self.tiling.places(self.grid))
+            joined = self.tiling.join(self._fit_bank(banks[0], whole, count, inside), of_tiles, self.region.tiles)
+            text_map, reference_map = (
+                self.region.values(maps) for maps in (joined.text_map, cast("torch.Tensor", joined.reference_map))
+            )
+            self.reference_fusion.fit(text_map, reference_map, joined.text_score, number or 0)
+            return joined
+
+    def _fit_bank(
         self,
         bank: ReferenceBank,
         gathered: "_Gathered",
@@ -173,3 +245,12 @@ class _Gathered:
     def __init__(self) -> None:
         self.seen: list[ViewScores] = []
         self.tokens = ReferenceTokens()
+
+    @classmethod
+    def cat(cls, parts: Sequence["_Gathered"]) -> "_Gathered":
+        """Those of several classes together."""
+        both = cls()
+        for part in parts:
+            both.seen += part.seen
+            both.tokens.extend(part.tokens)
+        return both

@@ -21,7 +21,8 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
 
     Args:
         class_name: What the images show, such as "metal nut". By default the data module's category, else its name,
-            else "object".
+            else "object". Of several products a list, such as [bottle, metal nut], from which the class of each image
+            is chosen, or a mapping from folder, or pattern of the path, to class. Thresholds belong to a class.
         backbone: CLIP architecture: a name that open_clip knows, hf-hub:ORG/NAME, or a folder with an
             open_clip_config.json; or demo, a small one in this package, to try things out with.
         pretrained: Weights of the backbone: open_clip's tag, or a local file (.pt, .bin, .safetensors). None means
@@ -58,6 +59,9 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         defects: Words for what is found, two or more, such as [scratch, dent]; the likeliest two get into the
             explanation of each anomalous image. Or a mapping from class to words, or states for the prompts' own words.
             Attribution, not diagnosis. None for no words.
+        output_size: original, for maps and masks of predict in each picture's own size and shape, in batches and in the
+            folders heatmaps and masks of the run; see :class:`anomalib_clipad.engine.original_size.OriginalMaps`. None
+            for those of image_size. Labels and scores are the same.
         single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
             figures are the same, in half the time.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
@@ -78,7 +82,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
 
     def __init__(
         self,
-        class_name: str | None = None,
+        class_name: str | list[str] | dict[str, str] | None = None,
         backbone: str = "ViT-B-16-plus-240",
         pretrained: str | None = "laion400m_e31",
         layers: list[int] | None = None,
@@ -96,6 +100,7 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
         defects: list[str] | dict[str, Any] | bool | str | None = None,
+        output_size: str | None = None,
         single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -119,3 +124,4 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         )
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
         self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)
+        self.adopt_output_size(output_size)

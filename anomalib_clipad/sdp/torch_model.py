@@ -80,8 +80,8 @@ class ClipAdSdpModel(FewShotNetwork):
         >>> clip = open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text)
         >>> model = ClipAdSdpModel(clip=clip, class_names=["bottle", "metal nut"], rvs="mean")
         >>> batch = model(torch.rand(3, 3, 32, 32), class_index=torch.tensor([0, 1, 1]))
-        >>> batch.anomaly_map.shape, batch.pred_score.shape
-        (torch.Size([3, 32, 32]), torch.Size([3]))
+        >>> batch.pred_score.shape, model.enlarge(batch.anomaly_map[0], (480, 640)).shape
+        (torch.Size([3]), torch.Size([480, 640]))
     """
 
     needs_original = False  # whether the map needs the original path's taps
@@ -162,13 +162,26 @@ class ClipAdSdpModel(FewShotNetwork):
         """The image size that keeps the shape of a picture, see :func:`anomalib_clipad.components.keep_shape`."""
         return keep_shape(height, width, self.visual.image_size, self.visual.patch_size)
 
+    def enlarge(self, anomaly_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """A map in the pixels of its picture.
+
+        Args:
+            anomaly_map: (H, W), one of those of :meth:`forward`.
+            size: Height and width of the picture.
+
+        Returns:
+            The map, enlarged bilinearly; nothing outside of a region blends in.
+        """
+        return self.region.enlarge(anomaly_map[None], size)[0]
+
     def forget_images(self) -> None:
         """Have no score ranges and no references."""
         super().forget_images()
-        self.fusion.reset()
+        classes = max(1, len(self.class_names))
+        self.fusion.reset(classes)
         self.references.reset()
         self.tile_references.reset()
-        self.reference_fusion.reset()
+        self.reference_fusion.reset(classes)
 
     def train(self, mode: bool = True) -> "ClipAdSdpModel":
         """Set the training mode; CLIP is frozen and stays in eval mode."""
@@ -182,7 +195,8 @@ class ClipAdSdpModel(FewShotNetwork):
         Args:
             images: (B, 3, H, W) of the model's image size, normalised as CLIP expects. An image that is not finite
                 scores NaN; the others are not touched.
-            class_index: (B,) index into ``class_names``; the first class for all by default.
+            class_index: (B,) index into ``class_names``; by default the first class for all, or what each shows where
+                :meth:`set_classes` was told to choose.
 
         Returns:
             The map, its two scores, and both as one, see :class:`anomalib_clipad.components.ScoreFusion`, or with
@@ -196,8 +210,9 @@ class ClipAdSdpModel(FewShotNetwork):
 
     def predictions(self, scores: Scores) -> Prediction:
         """The two scores of an image as one."""
-        fused = self.fuse(scores.text_score, scores.map_score)
-        return Prediction(fused, scores.anomaly_map, scores.text_score, scores.map_score)
+        anomaly_map, text_score, map_score, _, class_index = scores
+        fused = self.fuse(text_score, map_score, class_index)
+        return Prediction(fused, anomaly_map, text_score, map_score, class_index)
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of images, see :meth:`forward` and :meth:`Tiling.join`.
@@ -209,28 +224,31 @@ class ClipAdSdpModel(FewShotNetwork):
         self.check_size(images, self.image_size)
         images = self.region.fill(images)
         whole = self._look(self.tiling.whole(images), self.references, class_index)
-        tiles = self._look_at_tiles(images, class_index) if len(self.tiling) else None
+        tiles = self._look_at_tiles(images, whole.class_index) if len(self.tiling) else None
         with torch.autocast(self.text_features.device.type, enabled=False):
             return self.joined_scores(self.tiling.join(whole, tiles, self.region.tiles))
 
     def _look_at_tiles(self, images: torch.Tensor, class_index: torch.Tensor | None) -> ViewScores:
         indices: Iterable[torch.Tensor | None] = repeat(None)
         if class_index is not None:
-            indices = class_index.repeat_interleave(len(self.tiling)).split(self.tile_batch_size)
+            of_tiles = class_index.repeat_interleave(len(self.tiling))
+            # An exported model takes all tiles at once.
+            indices = [of_tiles] if torch.compiler.is_compiling() else of_tiles.split(self.tile_batch_size)
         views = self.tiling.tiles(images, self.tile_batch_size)
         pairs = zip(views, indices, strict=False)
         return ViewScores.cat([self._look(view, self.tile_references, index) for view, index in pairs])
 
     def _look(self, views: torch.Tensor, bank: ReferenceBank, class_index: torch.Tensor | None) -> ViewScores:
         """Run the tower, and compare what it gives with text vectors and references."""
-        if not bank.fitted or self.needs_original:
-            return self.compare(self.taps(views, self.needs_original), class_index, bank)
+        # Where the class is to be chosen, it is known behind the last tap.
+        if not bank.fitted or self.needs_original or (class_index is None and self.class_choice.ready):
+            return self.compare(self.taps(views, self.needs_original or bank.fitted), class_index, bank)
         # One tap of the original path after the other: all of them at once would be the peak of the memory.
         surgery, distances = [], []
         with torch.no_grad():
             for tap, (tokens, original) in enumerate(self.visual.walk(views)):
                 surgery.append(tokens)
-                distances.append(bank.distance(tap, original))
+                distances.append(bank.distance(tap, original, class_index))
         seen = self.compare(DualPathFeatures([], surgery), class_index)
         return seen._replace(reference_map=self.enlarge_patches(torch.stack(distances).mean(dim=0)))
 
@@ -257,26 +275,29 @@ class ClipAdSdpModel(FewShotNetwork):
         bank: ReferenceBank | None = None,
     ) -> ViewScores:
         """Compare taps with the text vectors, and with references where there is a bank of them."""
-        surgery, text_features = features.surgery, self.select_text_features(class_index)
-        if class_index is not None and len(class_index) != len(surgery[-1]):
+        surgery = features.surgery
+        class_index = self.index_of(surgery, class_index)
+        text_features = self.select_text_features(class_index)
+        if class_index is not None and class_index.shape[0] != surgery[-1].shape[0]:
             msg = f"class_index must name a class for each of {len(surgery[-1])} images, got {len(class_index)}."
             raise InputError(msg)
         with torch.autocast(text_features.device.type, enabled=False):
             text_map = self.map_before_smoothing(features, text_features)
             score, evidence = text_score(surgery[-1], text_features), self.defect_names.evidence(surgery)
-            seen = ViewScores(text_map, score, defect_evidence=evidence)
+            seen = ViewScores(text_map, score, defect_evidence=evidence, class_index=class_index)
             if bank is None or not bank.fitted:
                 return seen
-            return seen._replace(reference_map=self.enlarge_patches(bank(features.original)))
+            return seen._replace(reference_map=self.enlarge_patches(bank(features.original, class_index)))
 
     def joined_scores(self, joined: ViewScores) -> Scores:
         """What was found in whole pictures and tiles, and joined, as one map and two scores."""
-        text_map, text, reference_map, evidence = joined
+        text_map, text, reference_map, evidence, class_index = joined
         if reference_map is None:
-            return Scores(self.region.cut(text_map), text, self.region.values(text_map).amax(dim=1), evidence)
-        anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map)
+            map_score = self.region.values(text_map).amax(dim=1)
+            return Scores(self.region.cut(text_map), text, map_score, evidence, class_index)
+        anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map, class_index)
         map_score = self.reference_fusion.map_score(self.region.values(anomaly_map), math.prod(self.view_size))
-        return Scores(self.region.cut(anomaly_map), text, map_score, evidence)
+        return Scores(self.region.cut(anomaly_map), text, map_score, evidence, class_index)
 
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """The map of a batch before smoothing, (B, H, W)."""

@@ -26,7 +26,8 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             or the authors' release (.pth); demo for those of the demonstration backbone. None for layers that are
             still to be trained.
         class_name: What the images show, such as "metal nut". By default the data module's category, else its name,
-            else "object".
+            else "object". Of several products a list, such as [bottle, metal nut], from which the class of each image
+            is chosen, or a mapping from folder, or pattern of the path, to class. Thresholds belong to a class.
         backbone: CLIP architecture: a name that open_clip knows, hf-hub:ORG/NAME, or a folder with an
             open_clip_config.json; or demo, a small one in this package, to try things out with.
         pretrained: Weights of the backbone: open_clip's tag, or a local file (.pt, .bin, .safetensors). None means
@@ -62,6 +63,9 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         defects: Words for what is found, two or more, such as [scratch, dent]; the likeliest two get into the
             explanation of each anomalous image. Or a mapping from class to words, or states for the prompts' own words.
             Attribution, not diagnosis. None for no words.
+        output_size: original, for maps and masks of predict in each picture's own size and shape, in batches and in the
+            folders heatmaps and masks of the run; see :class:`anomalib_clipad.engine.original_size.OriginalMaps`. None
+            for those of image_size. Labels and scores are the same.
         single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
             figures are the same, in half the time.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
@@ -86,7 +90,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
     def __init__(
         self,
         adapter: str | None = None,
-        class_name: str | None = None,
+        class_name: str | list[str] | dict[str, str] | None = None,
         backbone: str = "ViT-B-16-plus-240",
         pretrained: str | None = "laion400m_e31",
         layers: list[int] | None = None,
@@ -105,6 +109,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         false_alarm_rate: float | None = None,
         lr: float = 1e-4,
         defects: list[str] | dict[str, Any] | bool | str | None = None,
+        output_size: str | None = None,
         single_pass: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -130,6 +135,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             evaluator = paper_evaluator(validate=True)
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
         self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)
+        self.adopt_output_size(output_size)
         trained_on = (
             load_adapter(model.adapter, adapter, self.fingerprint, model.visual.layers) if adapter is not None else None
         )

@@ -1,0 +1,247 @@
+"""Thresholds of each of several classes, from its own images where they are enough, else from all of them together."""
+
+import logging
+from copy import deepcopy
+from itertools import product
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from anomalib.data.utils import ValSplitMode
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Trainer
+from torchmetrics import Metric
+
+from anomalib_clipad.components.conformal import p_values
+from anomalib_clipad.components.region import RegionOfPictures
+from anomalib_clipad.components.scores import Scores
+from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.inside import inside_only
+from anomalib_clipad.engine.class_limits import KEYS, LEVELS, ClassLimits
+from anomalib_clipad.engine.host import datamodule_of
+from anomalib_clipad.engine.network import ZeroShotNetwork
+from anomalib_clipad.errors import InputError
+
+if TYPE_CHECKING:
+    _PostProcessor = PostProcessor
+else:
+    _PostProcessor = object  # the class that uses it is one
+
+logger = logging.getLogger(__name__)
+
+LEAST = 3  # normal images of a class that has thresholds of its own
+Limits = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Pool(NamedTuple):
+    """Images that thresholds are made from.
+
+    Attributes:
+        summary: (N, 4) of labelled validation images: text score, map score, largest and mean map value.
+        labels: (N,) 1 where anomalous.
+        normal: (n, 5) of other normal images: likewise, and 1 for a reference.
+        classes: (n + N,) index of their classes, the normal ones first; empty where there is one class.
+
+    Example:
+        >>> everything = Pool(torch.zeros(3, 4), torch.tensor([0, 1, 0]), torch.zeros(0, 5), torch.tensor([0, 0, 1]))
+        >>> everything.of(0).normal_images, everything.of(1).labels
+        (1, tensor([0], dtype=torch.int32))
+    """
+
+    summary: torch.Tensor
+    labels: torch.Tensor
+    normal: torch.Tensor
+    classes: torch.Tensor
+
+    @property
+    def normal_images(self) -> int:
+        """How many images of it are normal."""
+        return len(self.normal) + int((self.labels == 0).sum())
+
+    @property
+    def of_normal(self) -> torch.Tensor | None:
+        """(n,) classes of the other normal images; nothing where there is one class."""
+        return self.classes[: len(self.normal)] if len(self.classes) else None
+
+    @property
+    def of_validated(self) -> torch.Tensor | None:
+        """(N,) classes of the validation images, likewise."""
+        return self.classes[len(self.normal) :] if len(self.classes) else None
+
+    def of(self, number: int) -> "Pool":
+        """The images of one class."""
+        own = self.classes == number
+        normal, validated = own[: len(self.normal)], own[len(self.normal) :]
+        return Pool(self.summary[validated], self.labels[validated].int(), self.normal[normal], self.classes[own])
+
+
+def summary_of(scores: Scores | ZeroShotBatch, region: RegionOfPictures | None) -> torch.Tensor:
+    """(B, 4) of a batch: text score, map score, largest and mean map value inside a region.
+
+    Example:
+        >>> scores = Scores(torch.tensor([[[0.25, 0.75]]]), torch.tensor([0.5]), torch.tensor([0.75]))
+        >>> summary_of(scores, None)
+        tensor([[0.5000, 0.7500, 0.7500, 0.5000]])
+    """
+    maps = cast("torch.Tensor", scores.anomaly_map)
+    if region is not None and region.inside is not None:
+        maps = region.values(maps)[:, None]
+    largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
+    text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
+    return torch.stack([text, whole, largest, mean], dim=1).float()
+
+
+def classes_of(scores: Scores | ZeroShotBatch) -> torch.Tensor:
+    """(B,) classes of a batch, the first one where it does not say.
+
+    Example:
+        >>> classes_of(Scores(torch.zeros(2, 1, 1), torch.zeros(2), torch.zeros(2)))
+        tensor([0, 0])
+    """
+    if scores.class_index is not None:
+        return scores.class_index
+    return torch.zeros_like(cast("torch.Tensor", scores.text_score), dtype=torch.long)
+
+
+def may_use_validation(trainer: Trainer | None, normal: torch.Tensor) -> bool:
+    """Whether validation images count as normal ones: not where they are the test images, and there are others.
+
+    Args:
+        trainer: The run's.
+        normal: (n, ...) the others.
+
+    Example:
+        >>> may_use_validation(None, torch.zeros(2, 5))
+        True
+    """
+    data = None if trainer is None else datamodule_of(trainer)
+    return not len(normal) or data is None or data.val_split_mode != ValSplitMode.SAME_AS_TEST
+
+
+def check_post_processor(post_processor: object) -> None:
+    """Refuse, for several classes, a post-processor that has one threshold for all.
+
+    Raises:
+        InputError: If it is one.
+
+    Example:
+        >>> check_post_processor(False)  # no post-processor, no thresholds
+    """
+    if isinstance(post_processor, PostProcessor) and not isinstance(post_processor, ClassPoolsMixin):
+        msg = "Thresholds of several classes belong to the default post-processor; leave post_processor at its default."
+        raise InputError(msg)
+
+
+class ClassPoolsMixin(_PostProcessor):
+    """Thresholds class by class, for a post-processor that sets those of a pool with :meth:`set_from`."""
+
+    good_scores: torch.Tensor
+    of_class: ClassLimits
+    _pixels: dict[int, tuple[Metric, Metric]]  # threshold and range of the maps of each class
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the post-processor's
+        super().__init__(*args, **kwargs)
+        self.of_class, self._pixels = ClassLimits(), {}
+
+    def set_from(
+        self,
+        network: ZeroShotNetwork,
+        pool: Pool,
+        trainer: Trainer | None,
+        number: int | None = None,
+        of: str | None = "",
+    ) -> None:
+        """Set ranges and thresholds from a pool; for the post-processor to fill.
+
+        Args:
+            network: What has scored the images.
+            pool: The images.
+            trainer: The run's, if they are validation images.
+            number: Index of their class; all classes by default.
+            of: Whose they are, for messages; None for no messages.
+        """
+        raise NotImplementedError
+
+    def update_pixels_of_classes(self, outputs: ZeroShotBatch, class_index: torch.Tensor) -> None:
+        """Collect the maps of a validation batch, class by class."""
+        for number in class_index.unique().tolist():
+            if number not in self._pixels:
+                self._pixels[number] = deepcopy((self._pixel_threshold_metric, self._pixel_min_max_metric))
+                for metric in self._pixels[number]:
+                    metric.reset()
+            rows = class_index == number
+            values = {name: getattr(outputs, name) for name in ("anomaly_map", "gt_mask", "region")}
+            own = {name: None if value is None else value[rows] for name, value in values.items()}
+            threshold, extent = self._pixels[number]
+            threshold.update(inside_only(SimpleNamespace(**own), self._pixel_threshold_metric.fields))
+            extent.update(SimpleNamespace(**own))
+
+    def set_pools(self, network: ZeroShotNetwork, everything: Pool, trainer: Trainer | None) -> None:
+        """Set what all images have in common, and, where there are several classes, what each class has of its own."""
+        names = network.class_names
+        if len(names) < 2:
+            self.set_from(network, everything, trainer)
+            return
+        pools = [everything.of(number) for number in range(len(names))]
+        few = [number for number, pool in enumerate(pools) if pool.normal_images < LEAST]
+        before = self.of_class.values.clone() if self.of_class.known else torch.full((len(names), 6), torch.nan)
+        self.set_from(network, everything, trainer, of="all classes together" if few else None)
+        shared, shared_good = self._values(), self.good_scores
+        self.of_class.take(shared, shared_good, len(names))
+        both = self._pixel_threshold_metric, self._pixel_min_max_metric
+        for number, name in enumerate(names):
+            if number in few:
+                logger.warning(
+                    "%r has %d normal images, and thresholds of its own take %d; it has those of all classes together.",
+                    name,
+                    pools[number].normal_images,
+                    LEAST,
+                )
+                continue
+            self._take_values(before[number])
+            self.good_scores = shared_good[:0]
+            self._pixel_threshold_metric, self._pixel_min_max_metric = self._pixels.get(number, both)  # type: ignore[assignment]  # copies of them
+            self.set_from(network, pools[number], trainer, number, of=repr(name))
+            self.of_class.take(self._values(), self.good_scores, len(names), number)
+        self._pixel_threshold_metric, self._pixel_min_max_metric = both
+        self._take_values(shared)
+        self.good_scores, self._pixels = shared_good, {}
+
+    def _own(self) -> list[torch.Tensor]:
+        """The scalars of one class, in the order of :class:`ClassLimits`."""
+        names = (f"{level}_{key}" for level, key in product(LEVELS, KEYS))
+        return [getattr(self, f"_{name}" if name.endswith("threshold") else name) for name in names]
+
+    def _values(self) -> torch.Tensor:
+        return torch.stack(self._own()).clone()
+
+    def _take_values(self, values: torch.Tensor) -> None:
+        for scalar, value in zip(self._own(), values, strict=True):
+            scalar.copy_(value)
+
+    def _set(self, level: str, threshold: float, reach: float) -> None:
+        """Set a threshold, and the range in which scores are told apart: as far below it as above."""
+        getattr(self, f"_{level}_threshold").fill_(threshold)
+        getattr(self, f"{level}_min").fill_(threshold - reach)
+        getattr(self, f"{level}_max").fill_(threshold + reach)
+
+    def p_values(self, scores: torch.Tensor, class_index: torch.Tensor | None) -> torch.Tensor | None:
+        """P-values of scores (B,), each among the normal images of its class; nothing where there are none."""
+        if class_index is not None and self.of_class.known:
+            return self.of_class.p_values(scores, class_index) if len(self.of_class.good_scores) else None
+        return p_values(scores, self.good_scores) if len(self.good_scores) else None
+
+    def limits(self, level: str, class_index: torch.Tensor | None = None, dims: int = 0) -> Limits:
+        """Minimum, maximum and threshold, NaN where unknown.
+
+        Args:
+            level: ``image`` or ``pixel``.
+            class_index: (B,) index of the images' classes.
+            dims: 0 for scores, 2 for maps.
+
+        Returns:
+            Three scalars, or with several classes three tensors (B,) or (B, 1, 1).
+        """
+        if class_index is not None and self.of_class.known:
+            return cast("Limits", self.of_class(level, class_index, dims))
+        return getattr(self, f"{level}_min"), getattr(self, f"{level}_max"), getattr(self, f"{level}_threshold")

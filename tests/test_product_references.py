@@ -1,0 +1,113 @@
+"""Several products in one run, each with normal images of its own."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from anomalib_clipad import ClipAdSdp
+from anomalib_clipad.errors import InputError
+
+from .conftest import ROUNDING, build_model, folder, new_engine
+from .test_products import BARE, FOLDERS, NAMES, mixed
+
+__all__ = ["mixed"]  # a fixture
+PATCHES = 16  # of a picture of the small CLIP
+
+
+def predict(model: ClipAdSdp, where: Path, pictures: Path, **arguments: object) -> dict[str, dict[str, torch.Tensor]]:
+    batches = new_engine(where).predict(model, data_path=pictures, **arguments)
+    keys = ("pred_score", "anomaly_map", "pred_label", "p_value", "class_name")
+    return {
+        path: {key: getattr(batch, key)[row] for key in keys}
+        for batch in batches
+        for row, path in enumerate(batch.image_path)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("ClipAdSdp", {"false_alarm_rate": 0.3}),
+        ("ClipAdSdp", {"image_size": (32, 56), "tile_size": 32, "defects": ["dent", "hole"]}),
+        ("ClipAdSdpPlus", {}),
+    ],
+)
+def test_each_image_is_compared_with_normal_images_of_its_class(
+    name: str, small_clip: str, mixed: Path, tmp_path: Path, arguments: dict
+) -> None:
+    """As in a run of the class alone: scores, maps, labels, p-values, and the zero of words."""
+    good = mixed / "train/good"
+    model = build_model(name, small_clip, tmp_path, class_name=FOLDERS, few_shot_source=good, **arguments, **BARE)
+    found = predict(model, tmp_path / "both", mixed / "test")
+    assert len(found) == 32
+    start = 0
+    for number, (part, class_name) in enumerate(FOLDERS.items()):
+        own = {"class_name": class_name, "few_shot_source": good / part, **arguments}
+        alone = build_model(name, small_clip, tmp_path, **own, **BARE)
+        expected = predict(alone, tmp_path / part, mixed / "test/square" / part)
+        for path, one in expected.items():
+            for key in ("pred_score", "anomaly_map", "p_value"):
+                torch.testing.assert_close(found[path][key], one[key], atol=ROUNDING, rtol=0)
+            assert bool(found[path]["pred_label"]) == bool(one["pred_label"])
+        assert model.model.references.counts[number] == len(alone.model.references.patches)
+        baseline = alone.model.defect_names.baseline.mean
+        both = model.model.defect_names.baseline.mean
+        torch.testing.assert_close(both[start : start + len(baseline)], baseline, atol=ROUNDING, rtol=0)
+        start += len(baseline)
+
+
+@pytest.mark.parametrize("class_name", [FOLDERS, NAMES])
+def test_k_shot_takes_as_many_of_each_class_from_the_training_split(
+    small_clip: str, mixed: Path, tmp_path: Path, class_name: object
+) -> None:
+    """With a list those that the network takes for the class."""
+    model = ClipAdSdp(class_name, small_clip, k_shot=2, **BARE)
+    new_engine(tmp_path).validate(model, datamodule=folder(mixed), verbose=False)
+    network = model.model
+    assert network.references.counts.tolist() == [2 * PATCHES, 2 * PATCHES]
+    known = {0: 0, 1: 0}
+    for batch in new_engine(tmp_path / "train").predict(model, data_path=mixed / "train/good"):
+        tokens = network.taps(batch.image).original
+        for row, number in enumerate(batch.class_index.tolist()):
+            distance = network.references([tap[row : row + 1] for tap in tokens], torch.tensor([number]))
+            known[number] += bool(distance.max() < 1e-3)
+    assert known == {0: 2, 1: 2}
+
+
+def test_a_class_with_few_references_says_so_and_takes_those_of_all(
+    small_clip: str, mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = shutil.copytree(mixed / "train/good", tmp_path / "good")
+    shutil.rmtree(source / "n")
+    model = ClipAdSdp(FOLDERS, small_clip, few_shot_source=source, **BARE)
+    predict(model, tmp_path, mixed / "test/good")
+    assert "'tile' has 0 of the 1 normal images that are wanted as references" in caplog.text
+    bank = model.model.references
+    first, second = bank.patches.split(bank.counts.tolist())
+    assert torch.equal(first, second)
+
+
+def test_folders_that_name_no_class_are_refused(small_clip: str, mixed: Path, tmp_path: Path) -> None:
+    model = ClipAdSdp(NAMES, small_clip, few_shot_source=mixed / "train/good", **BARE)
+    with pytest.raises(InputError, match=r"png in no folder of a class; .* of its name: plate, tile"):
+        predict(model, tmp_path, mixed / "test/good")
+    shutil.copytree(mixed / "train/good/b", tmp_path / "good/plate")
+    shutil.copytree(mixed / "train/good/n", tmp_path / "good/tile")
+    model.few_shot_source = tmp_path / "good"
+    predict(model, tmp_path, mixed / "test/good")
+    assert model.model.references.counts.tolist() == [8 * PATCHES, 8 * PATCHES]
+
+
+def test_a_checkpoint_brings_the_references_of_each_class(small_clip: str, mixed: Path, tmp_path: Path) -> None:
+    model, engine = ClipAdSdp(FOLDERS, small_clip, k_shot=3, **BARE), new_engine(tmp_path / "a")
+    engine.test(model, datamodule=folder(mixed), verbose=False)
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    before = predict(model, tmp_path / "b", mixed / "test")
+    fresh = ClipAdSdp(backbone=small_clip, **BARE)
+    after = predict(fresh, tmp_path / "c", mixed / "test", ckpt_path=tmp_path / "model.ckpt")
+    for path, one in before.items():
+        torch.testing.assert_close(after[path]["pred_score"], one["pred_score"], atol=ROUNDING, rtol=0)
+        assert torch.equal(after[path]["pred_label"], one["pred_label"])
+        assert after[path]["class_name"] == one["class_name"]
