@@ -120,12 +120,12 @@ def draw(history: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in (name for name in WEIGHTS if name in history):
-        left.plot(history["step"], history[name], label=name)
+        left.plot(history["step"], history[name], "-" if name in KEPT else "--", label=name)
     left.set(xlabel="step", ylabel="loss part", yscale="log")
     for name in ("image_AUROC", "pixel_AUROC", "pixel_AP", "naming", "surface_retrieval"):
         right.plot(history["step"], history[name], label=name.replace("_", " "))
     right.set(xlabel="step", ylabel="validation", ylim=(0, 1.02))
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     right.legend(frameon=False, fontsize=8, loc="lower right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
