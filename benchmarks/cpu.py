@@ -12,16 +12,16 @@ import copy
 import logging
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from line import HEADER, Line, machine
 from torch import nn
 from torch.nn import functional as F
 
@@ -116,12 +116,9 @@ def _status(key: str) -> float:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
 
-def row(name: str, detail: str, ratio: float, at_most: bool = True, unit: str = "x") -> None:
-    """Print one line of the table."""
-    limit = LIMITS[name]
-    holds = ratio <= limit if at_most else ratio >= limit
-    bound = f"{'at most' if at_most else 'at least'} {limit:g} {unit}"
-    print(f"| {name} | {detail} | {ratio:.2f} {unit} | {bound} | {'yes' if holds else 'NO'} |", flush=True)
+def line(name: str, detail: str, figure: float, at_most: bool = True, unit: str = "x") -> Line:
+    """A line with its limit."""
+    return Line(name, detail, figure, LIMITS[name], at_most, unit)
 
 
 def startup(runs: int) -> float:
@@ -136,20 +133,9 @@ def startup(runs: int) -> float:
     return 1000 * statistics.median(times)
 
 
-def main() -> None:
+def lines(backbone: str, batch_sizes: list[int], pairs: int = 7, with_winclip: bool = True) -> Iterator[Line]:
     """Measure everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backbone", default="ViT-B-16-plus-240")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--skip-winclip", action="store_true")
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{arguments.backbone}, float32, {machine}\n")
-    print("| ratio | at | measured | wanted | holds |\n|---|---|---|---|---|")
-    clip, tokenizer, *_ = load_backbone(arguments.backbone, None)
+    clip, tokenizer, *_ = load_backbone(backbone, None)
     side = clip.visual.image_size[0]
     tower = DualPathVisionTransformer(clip.visual)
     model = ClipAdSdpModel(clip=clip)
@@ -159,28 +145,28 @@ def main() -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)  # its limit is for a CPU with AVX512-BF16
 
     with torch.inference_mode():
-        for batch_size in arguments.batch_sizes:
+        for batch_size in batch_sizes:
             images = torch.randn(batch_size, 3, side, side)
-            pairs = max(3, arguments.pairs * 4 // (batch_size + 3))
+            rounds = max(3, pairs * 4 // (batch_size + 3))
 
             def plain(images: torch.Tensor = images) -> torch.Tensor:
                 return clip.encode_image(images)
 
             for name, ours in (("dual path", tower), ("SDP", model), ("SDP+", plus), *referenced.items()):
-                own, base, ratio = median_ratio(lambda ours=ours, images=images: ours(images), plain, pairs)
-                row(f"{name} / encode_image", f"batch {batch_size}: {own:.2f} s, {base:.2f} s", ratio)
+                own, base, ratio = median_ratio(lambda ours=ours, images=images: ours(images), plain, rounds)
+                yield line(f"{name} / encode_image", f"batch {batch_size}: {own:.2f} s, {base:.2f} s", ratio)
             half_images = images.bfloat16()
-            *_, gain = median_ratio(plain, partial(half.visual.visual, half_images), 2 * pairs)
-            full, few, ratio = median_ratio(partial(model, images), partial(half, half_images), 2 * pairs)
+            *_, gain = median_ratio(plain, partial(half.visual.visual, half_images), 2 * rounds)
+            full, few, ratio = median_ratio(partial(model, images), partial(half, half_images), 2 * rounds)
             detail = f"batch {batch_size}: {full:.2f} s, {few:.2f} s; encode_image {gain:.2f} x"
-            row("SDP in float32 / bfloat16", detail, ratio, at_most=False)
+            yield line("SDP in float32 / bfloat16", detail, ratio, at_most=False)
 
-        if not arguments.skip_winclip:
+        if with_winclip:
             from anomalib.models.image.winclip import torch_model
 
             with patch.object(torch_model, "PRETRAINED", None):
                 winclip = torch_model.WinClipModel(class_name="bottle").eval()
-            for batch_size in arguments.batch_sizes:
+            for batch_size in batch_sizes:
                 images = torch.randn(batch_size, 3, 240, 240)
                 winclip(images[:1])
 
@@ -192,35 +178,49 @@ def main() -> None:
                 times = [(seconds(lambda images=images: winclip(images)), ours()) for _ in range(rounds)]
                 other, own = (statistics.median(column) for column in zip(*times, strict=True))
                 ratio = statistics.median(a / b for a, b in times)
-                row("WinCLIP / SDP", f"batch {batch_size}: {other:.2f} s, {own:.2f} s", ratio, at_most=False)
+                yield line("WinCLIP / SDP", f"batch {batch_size}: {other:.2f} s, {own:.2f} s", ratio, at_most=False)
 
         prompts = [p for state in PromptEnsemble.from_config("industrial").prompts("metal_nut") for p in state]
         tokens = tokenizer(prompts)
         whole = seconds(lambda: [clip.encode_text(chunk) for chunk in tokens.split(256)])
         encoder = TextEncoder(clip, tokenizer)
         cut = statistics.median(seconds(lambda: encoder.encode(prompts)) for _ in range(3))
-        row(
+        yield line(
             "77 tokens / cut",
             f"{len(prompts)} prompts of metal_nut: {whole:.1f} s, {cut:.1f} s",
             whole / cut,
             at_most=False,
         )
 
-    for batch_size in arguments.batch_sizes:
-        plain = peak_memory(arguments.backbone, batch_size, "encode_image")
+    for batch_size in batch_sizes:
+        plain = peak_memory(backbone, batch_size, "encode_image")
         for work in ("SDP", *referenced):
-            ours = peak_memory(arguments.backbone, batch_size, work)
+            ours = peak_memory(backbone, batch_size, work)
             detail = f"batch {batch_size}: {ours:.0f} MiB, {plain:.0f} MiB"
-            row(f"memory of {work} / encode_image", detail, ours / max(plain, 1.0))
+            yield line(f"memory of {work} / encode_image", detail, ours / max(plain, 1.0))
 
-    train, test = (peak_memory(arguments.backbone, 8, work) for work in ("SDP+ training", "SDP+"))
-    row("memory of SDP+ training / testing", f"batch 8: {train:.0f} MiB, {test:.0f} MiB", train / test)
+    train, test = (peak_memory(backbone, 8, work) for work in ("SDP+ training", "SDP+"))
+    yield line("memory of SDP+ training / testing", f"batch 8: {train:.0f} MiB, {test:.0f} MiB", train / test)
 
     bank = referenced["SDP, 4 references"].references.state_dict().values()
     size = sum(value.numel() * value.element_size() for value in bank) / 1e6
-    row("bank of 4 references", "in a checkpoint", size, unit="MB")
+    yield line("bank of 4 references", "in a checkpoint", size, unit="MB")
 
-    row("start of Python, added", "median of 101 runs of its line", startup(101), unit="ms")
+    yield line("start of Python, added", "median of 101 runs of its line", startup(101), unit="ms")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="ViT-B-16-plus-240")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--skip-winclip", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    print(f"{arguments.backbone}, float32, {machine()}\n\n{HEADER}")
+    for one in lines(arguments.backbone, arguments.batch_sizes, arguments.pairs, not arguments.skip_winclip):
+        print(one, flush=True)
 
 
 if __name__ == "__main__":

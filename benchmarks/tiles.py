@@ -13,19 +13,24 @@ import argparse
 import logging
 import multiprocessing
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from anomalib.data.utils import read_image
+from lightning.pytorch import Trainer
+from line import HEADER, Line, machine
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn import functional as F
 
+from anomalib_clipad import ClipAdSdp
+from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.engine.original_size import OriginalMaps
 from anomalib_clipad.engine.pre_processing import clip_transform
 from anomalib_clipad.sdp import ClipAdSdpModel
 
@@ -52,7 +57,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def time_ratio(backbone: str, pairs: int) -> float:
+def time_line(backbone: str, pairs: int) -> Line:
     """Median of time of T tiles over T untiled images."""
     plain = build(backbone)
     tile = plain.image_size
@@ -68,11 +73,8 @@ def time_ratio(backbone: str, pairs: int) -> float:
 
         tiled(picture), untiled()
         ratio = statistics.median(seconds(lambda: tiled(picture)) / seconds(untiled) for _ in range(pairs))
-    print(
-        f"{count} tiles in {size[0]} x {size[1]} / {count} untiled images, batches of {BATCH}: {ratio:.3f}, "
-        f"wanted: {MOST_TIME}"
-    )
-    return ratio
+    detail = f"{count} tiles in {size[0]} x {size[1]}, batches of {BATCH}"
+    return Line("tiles / as many untiled images", detail, ratio, MOST_TIME)
 
 
 def status(key: str) -> float:
@@ -98,7 +100,7 @@ def added_memory(backbone: str, large: bool) -> tuple[float, float]:
     return status("VmHWM") - before, maps
 
 
-def memory_ratio(backbone: str) -> float:
+def memory_line(backbone: str) -> Line:
     """Peak of a large picture over that of untiled images and its maps."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once, so the peak is the code's own
     peaks = []
@@ -107,11 +109,39 @@ def memory_ratio(backbone: str) -> float:
             peaks.append(pool.apply(added_memory, (backbone, large)))
     (plain, _), (tiled, maps) = peaks
     ratio = tiled / (plain + maps)
-    print(
-        f"{LARGE} x {LARGE} / {BATCH} untiled images and maps: {tiled:.0f} / ({plain:.0f} + {maps:.0f}) MiB = "
-        f"{ratio:.2f}, wanted: {MOST_MEMORY}"
-    )
-    return ratio
+    detail = f"{LARGE} x {LARGE}, batch {BATCH}: {tiled:.0f} / ({plain:.0f} + {maps:.0f}) MiB"
+    return Line("memory of tiles / untiled images and maps", detail, ratio, MOST_MEMORY)
+
+
+def lines(backbone: str, pairs: int = 3) -> Iterator[Line]:
+    """Time and memory."""
+    yield time_line(backbone, pairs)
+    yield memory_line(backbone)
+    yield written_line()
+
+
+def written_memory(large: int) -> float:
+    """MiB that writing heatmap and mask of a picture in its own size adds at its peak."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        Image.new("L", (large, large)).save(path)
+        model = ClipAdSdp("part", "demo", None, output_size="original")
+        maps = torch.rand(1, *model.model.image_size)
+        batch = ZeroShotBatch(image=torch.zeros(1, 3, *maps.shape[1:]), image_path=[str(path)], anomaly_map=maps)
+        trainer = Trainer(default_root_dir=folder, logger=False, accelerator="cpu")
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        OriginalMaps().on_predict_batch_end(trainer, model, batch, None, 0)
+    return status("VmHWM") - before
+
+
+def written_line() -> Line:
+    """Peak of writing a large picture's heatmap and mask over the bytes of its map in float32."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(written_memory, (LARGE,))
+    detail = f"{LARGE} x {LARGE}: {peak:.0f} MiB"
+    return Line("memory of writing heatmap and mask / the map in float32", detail, peak / (4 * LARGE**2 / MEBIBYTE))
 
 
 def find(root: Path, name: str, **arguments: object) -> str:
@@ -148,11 +178,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if not arguments.find:
-        print(
-            f"{arguments.backbone}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
-        time_ratio(arguments.backbone, arguments.pairs)
-        memory_ratio(arguments.backbone)
+        print(f"{arguments.backbone}, {machine()}\n\n{HEADER}")
+        for line in lines(arguments.backbone, arguments.pairs):
+            print(line, flush=True)
         return
     print("| data, height x width | square | auto | tiles of 96 in twice that |\n|---|---|---|---|")
     for root in arguments.find:

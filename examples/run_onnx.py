@@ -4,13 +4,12 @@ python examples/run_onnx.py results/weights/onnx/model.onnx photo.png more.png [
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from PIL import Image
-
-OUTPUTS = ["pred_score", "pred_label", "anomaly_map", "pred_mask"]  # a file of several classes has class_index, too
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", type=Path, help="the exported model.onnx")
@@ -23,10 +22,17 @@ for path in (arguments.model, *arguments.pictures):
 
 arguments.output.mkdir(parents=True, exist_ok=True)
 session = onnxruntime.InferenceSession(arguments.model)
+names = [output.name for output in session.get_outputs()]
+words = json.loads(session.get_modelmeta().custom_metadata_map.get("defects", "[]"))
 for number, path in enumerate(arguments.pictures):
     picture = Image.open(path).convert("RGB")
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)[None] / 255  # any size: the model resizes
-    score, label, anomaly_map, mask = session.run(OUTPUTS, {"input": pixels})
-    print(f"{path}: {'anomalous' if label[0] else 'normal'}, score {score[0]:.3f}, {mask.mean():.1%} of it marked")
-    heatmap = Image.fromarray((255 * anomaly_map[0]).astype(np.uint8)).resize(picture.size)
+    found = dict(zip(names, session.run(names, {"input": pixels}), strict=True))
+    label, score, marked = found["pred_label"][0], found["pred_score"][0], found["pred_mask"].mean()
+    more = f", p-value {found['p_value'][0]:.3f}" if "p_value" in found else ""
+    if label and words:  # attribution, not diagnosis
+        shares = zip(words, found["defect_probabilities"][0], strict=True)
+        more += "".join(f", {word} {share:.2f}" for word, share in shares)
+    print(f"{path}: {'anomalous' if label else 'normal'}, score {score:.3f}, {marked:.1%} of it marked{more}")
+    heatmap = Image.fromarray((255 * found["anomaly_map"][0]).astype(np.uint8)).resize(picture.size)
     heatmap.save(arguments.output / f"{number:03d}_{path.stem}.png")  # pictures of two folders can share a name

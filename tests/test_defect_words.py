@@ -24,6 +24,7 @@ WORDS = ["scratch", "missing part", "dent"]
         ("scratch", "defects must be a list of words, such as [scratch, crack], or 'states', got 'scratch'"),
         (7, "defects must be a list of words"),
         ({}, "defects is an empty mapping"),
+        (["scratch", "Unspecified"], "'unspecified' is what is said where no word is given; use another word"),
         ({"nut": ["dent"]}, "defects of 'nut' needs at least two words"),
         ({"bolt": WORDS}, "defects has words for bolt, but none for 'nut'; add it"),
         (["scratch", "very " * 80 + "deep dent"], "makes sentences that the text tower would cut"),

@@ -88,9 +88,11 @@ def test_figures_equal_scikit_learns_at_any_batch_size(
 
 def test_all_seven_and_the_thresholded_f1_are_there(data: dict[str, torch.Tensor]) -> None:
     kinds = {f"{level}_{kind}" for level in ("image", "pixel") for kind in ("AUROC", "F1Max", "AP", "F1Score")}
-    assert set(run(data, 8)) == kinds | {"pixel_AUPRO"}
+    naming = {"image_NamingAccuracy", "image_NamingF1Score"}
+    assert set(run(data, 8)) == kinds | {"pixel_AUPRO"} | naming
 
 
 def test_without_masks_pixel_metrics_are_left_out(data: dict[str, torch.Tensor]) -> None:
     figures = run({key: value for key, value in data.items() if key != "gt_mask"}, 8)
-    assert all((value is None) == name.startswith("pixel") for name, value in figures.items())
+    missing = {name for name, value in figures.items() if value is None}
+    assert missing == {name for name in figures if name.startswith(("pixel", "image_Naming"))}

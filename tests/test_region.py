@@ -61,7 +61,7 @@ def test_what_is_outside_changes_nothing(kind: type[ClipAdSdpModel], references:
 
     def found(images: torch.Tensor, normal: torch.Tensor) -> list[torch.Tensor]:
         scored = model.set_references([normal], augment=True) if references else ()
-        return [*model(images), *(values for values in scored if values is not None)]
+        return [values for values in (*model(images), *scored) if values is not None]
 
     expected = found(images, normal)
     for values in (images, normal):
@@ -126,11 +126,11 @@ def test_references_count_inside_only() -> None:
     own = distance_map(normal, [[1, 2], [0, 2], [0, 1]])[:, inside]
     text = plain(fill(normal)).anomaly_map[:, inside]
     fusion = model.reference_fusion
-    assert fusion.mean[:2].tolist() == pytest.approx([float(text.mean()), float(own.mean())], abs=1e-4)
-    assert fusion.std[:2].tolist() == pytest.approx([float(v.std(correction=0)) for v in (text, own)], abs=1e-4)
+    assert fusion.mean[0, :2].tolist() == pytest.approx([float(text.mean()), float(own.mean())], abs=1e-4)
+    assert fusion.std[0, :2].tolist() == pytest.approx([float(v.std(correction=0)) for v in (text, own)], abs=1e-4)
     found = model(images)
     both = (plain(fill(images)).anomaly_map, distance_map(images, [[0, 1, 2]] * 2))
-    units = [(maps - mean) / std for maps, mean, std in zip(both, fusion.mean, fusion.std, strict=False)]
+    units = [(maps - mean) / std for maps, mean, std in zip(both, fusion.mean[0], fusion.std[0], strict=False)]
     wanted = sum(values / (1 + values.abs() / 20) for values in units)[:, inside]
     torch.testing.assert_close(found.anomaly_map[:, inside], wanted, atol=0.02, rtol=1e-2)  # patches in half precision
     tenth = found.anomaly_map[:, inside].sort(dim=1, descending=True).values[:, : round(0.1 * inside.sum())]

@@ -18,8 +18,11 @@ from anomalib_clipad.compare.heat_layers import marked_regions
 from anomalib_clipad.compare.map_stream import MapStream
 from anomalib_clipad.compare.scale import Scale
 from anomalib_clipad.components import Region, p_values
+from anomalib_clipad.components.defect_words import UNSPECIFIED
 from anomalib_clipad.data.inside import cut_ground_truth
+from anomalib_clipad.engine.defect_naming import NOT_CALLED, UNKNOWN
 from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, paper_metrics
+from anomalib_clipad.engine.naming_metrics import NAMING_FIELDS
 from anomalib_clipad.errors import InputError
 
 # The paper's seven, and how they are called in tables and pictures.
@@ -69,6 +72,9 @@ class CompareEvaluator(Evaluator):
         self.labels: list[int | None] = []
         self.scores: list[float] = []
         self.explanations: list[str | None] = []
+        self.defects: list[tuple[int, int]] = []  # word and true word of each image, as a batch of ours has them
+        self.vocabulary: tuple[str, ...] = ()  # the words that these count
+        self._unread: Any = None  # a batch that the model's own callbacks have yet to write into
         self.map_limits: list[tuple[float, float]] = []  # lowest and largest value of each map
         self.stream = MapStream(map_size, folder)
         self.figures: dict[str, float] = {}
@@ -95,6 +101,7 @@ class CompareEvaluator(Evaluator):
     ) -> None:
         """Start the clock."""
         del trainer, pl_module, batch, batch_idx, dataloader_idx
+        self._read_words()
         self._start = now()
 
     def on_test_batch_end(
@@ -128,7 +135,7 @@ class CompareEvaluator(Evaluator):
         self.paths += paths
         self.labels += [None] * len(maps) if labels is None else labels.int().tolist()
         self.scores += scores.tolist()
-        self.explanations += batch.explanation or [None] * len(maps)
+        self._unread = batch
         least = maps if region is None else torch.where(region, maps, torch.inf)
         maps = maps if region is None else torch.where(region, maps, -torch.inf)
         self.map_limits += list(zip(least.amin(dim=(-2, -1)).tolist(), maps.amax(dim=(-2, -1)).tolist(), strict=True))
@@ -136,8 +143,14 @@ class CompareEvaluator(Evaluator):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the figures; the trainer could not log them, since they are no part of the model."""
-        del trainer, pl_module
+        self.on_predict_epoch_end(trainer, pl_module)
         self.figures = {metric.name: float(metric.compute()) for metric in self.measured if metric.update_called}
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the words of the last batch."""
+        del trainer
+        self._read_words()
+        self.vocabulary = getattr(getattr(pl_module.model, "defect_names", None), "vocabulary", ())
 
     on_predict_batch_start = on_validation_batch_start = on_test_batch_start
     on_predict_batch_end = on_test_batch_end  # without labels there is nothing to measure but time
@@ -178,7 +191,20 @@ class CompareEvaluator(Evaluator):
             score=self.scores,
             explanation=self.explanations,
             p_value=share,
+            defect=[_word(word, self.vocabulary) for word, _ in self.defects],
+            true_defect=[self.vocabulary[truth] if truth >= 0 else None for _, truth in self.defects],
         )
+
+    def _read_words(self) -> None:
+        """Read what the model's own callbacks, which come after this one, have written into the last batch."""
+        batch, self._unread = self._unread, None
+        if batch is None:
+            return
+        self.explanations += batch.explanation or [None] * batch.batch_size
+        nothing = torch.full((batch.batch_size,), UNKNOWN)
+        word, truth = (getattr(batch, name, None) for name in NAMING_FIELDS)
+        both = (nothing if word is None else word, nothing if truth is None else truth)
+        self.defects += zip(*(values.tolist() for values in both), strict=True)
 
     def _region(self, batch: ImageBatch, maps: torch.Tensor) -> torch.Tensor | None:
         """The region of the maps, (B, H, W): that of the data, else that of the model, if it has any."""
@@ -198,6 +224,13 @@ class CompareEvaluator(Evaluator):
             whole = torch.as_tensor(read_mask(path, as_tensor=True)) if path and Path(path).is_file() else mask
             masks.append(F.interpolate(whole[None, None].float(), self.map_size, mode="nearest")[0, 0])
         return torch.stack(masks).bool()
+
+
+def _word(index: int, vocabulary: Sequence[str]) -> str | None:
+    """The word given to an image, or that there is none for it; nothing where the model names none."""
+    if not vocabulary or index == NOT_CALLED:
+        return None
+    return UNSPECIFIED if index < 0 else vocabulary[index]
 
 
 def _check_numbers(paths: Sequence[str], scores: torch.Tensor, maps: torch.Tensor) -> None:

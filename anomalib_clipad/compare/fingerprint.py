@@ -1,12 +1,15 @@
-"""Whether the files that a job read are still the same."""
+"""Whether the files and packages that a job used are still the same."""
 
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from anomalib_clipad.components.weights import is_file, is_folder
+
+PACKAGES = ("anomalib", "anomalib-clipad", "torch", "open_clip_torch", "lightning")
 
 
 def fingerprint(paths: list[Path], leave_out: Path) -> str:
@@ -72,3 +75,19 @@ def _texts(value: object) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _texts(item)
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that figures depend on, where they are installed.
+
+    Example:
+        >>> "torch" in versions()
+        True
+    """
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

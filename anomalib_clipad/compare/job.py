@@ -7,11 +7,11 @@ import platform
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule
@@ -24,10 +24,11 @@ from lightning.pytorch import seed_everything
 from anomalib_clipad.compare import job_files
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
 from anomalib_clipad.compare.examples import choose_examples, extremes
-from anomalib_clipad.compare.fingerprint import files_named, fingerprint
+from anomalib_clipad.compare.fingerprint import files_named, fingerprint, versions
 from anomalib_clipad.compare.heat_layers import heat_layers
 from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
+from anomalib_clipad.compare.naming import figures_of_job
 from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
 from anomalib_clipad.compare.scale import Scales, choose_scales
 from anomalib_clipad.compare.settings import short_class
@@ -39,8 +40,6 @@ from anomalib_clipad.files import remove_abandoned, slug
 from anomalib_clipad.pictures.text import printable
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("anomalib", "anomalib-clipad", "torch", "open_clip_torch", "lightning")
 
 
 class CompareJob(Job):
@@ -123,7 +122,7 @@ class CompareJob(Job):
             arguments = dict(self.data_config.get("init_args") or {})
             arguments.setdefault("root", getattr(build_datamodule(self.data_config), "root", None))
             paths += files_named(arguments)
-        return {"files": fingerprint(paths, self.output), "versions": _versions()}
+        return {"files": fingerprint(paths, self.output), "versions": versions()}
 
     def result(self) -> dict[str, Any] | None:
         """The result, if the job is done, its files are whole, and it would read today what it read then."""
@@ -220,7 +219,9 @@ class CompareJob(Job):
                 "versions": inputs["versions"],
                 "inputs": inputs,
             }
-            self._keep(evaluator, scales, getattr(model.post_processor, "good_scores", None))
+            table = evaluator.table(scales.map, getattr(model.post_processor, "good_scores", None))
+            row |= figures_of_job(evaluator.vocabulary, table)
+            self._keep(evaluator, scales, table)
         return row
 
     @contextmanager
@@ -236,7 +237,7 @@ class CompareJob(Job):
                 callbacks=[evaluator, ImageProgress(self.tell)],
             )
 
-    def _keep(self, evaluator: CompareEvaluator, scales: Scales, good_scores: torch.Tensor | None) -> None:
+    def _keep(self, evaluator: CompareEvaluator, scales: Scales, table: pd.DataFrame) -> None:
         numbers = {path: number for number, path in enumerate(evaluator.paths)}
         order = [numbers[path] for path in sorted(numbers)]
         shown = choose_examples(evaluator.paths, evaluator.labels)
@@ -244,7 +245,7 @@ class CompareJob(Job):
         masks = {path: evaluator.stream.mask(numbers[path]) for path in (*shown, *both) if path is not None}
         job_files.write_heat(self.file, heat_layers(evaluator.stream, order, scales.map, self.tell))
         job_files.write_masks(self.file, {path: mask for path, mask in masks.items() if mask is not None})
-        job_files.write_images(self.file, evaluator.table(scales.map, good_scores))
+        job_files.write_images(self.file, table)
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -289,13 +290,3 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, reg
 def _no_loaders() -> list[object]:
     """Lets anomalib's zero-shot models predict without validation data, whose thresholds are not looked at here."""
     return []
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

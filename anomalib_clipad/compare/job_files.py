@@ -22,7 +22,10 @@ from anomalib_clipad.engine.table import BOXES
 from anomalib_clipad.files import remove_abandoned, replacing, write_atomically
 
 KEPT = (".npz", ".csv")
-IMAGE_COLUMNS = ("path", "label", "score", "p_value", "marked_area", *BOXES, "explanation")  # of KEY.csv
+IMAGE_COLUMNS = (  # of KEY.csv
+    *("path", "label", "score", "p_value", "marked_area"),
+    *(*BOXES, "explanation", "defect", "true_defect"),
+)
 ERRORS = "surrogateescape"  # a file's name may be no valid text
 
 
@@ -136,6 +139,8 @@ class KeptImage:
         marked_area: Share of the image above the map's threshold, where that is known.
         box: Of the largest marked region, see :func:`anomalib_clipad.engine.table.largest_box`; or nothing.
         explanation: What the model says in words.
+        defect: The word that it gives, or ``unspecified``; nothing where it names none.
+        true_defect: The word that the image's folder is named by.
 
     Example:
         >>> KeptImage(score=7.2, shown=0.6, label=1, heat=Path("00000.png")).shown > 0.5
@@ -150,6 +155,8 @@ class KeptImage:
     marked_area: float | None = None
     box: tuple[float, ...] = ()
     explanation: str | None = None
+    defect: str | None = None
+    true_defect: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,8 @@ class Kept:
                 marked_area=float(row.marked_area) if row.marked_area else None,
                 box=tuple(float(getattr(row, side)) for side in BOXES if getattr(row, side)),
                 explanation=row.explanation or None,
+                defect=row.defect or None,
+                true_defect=row.true_defect or None,
             )
             for number, (row, score, shown) in enumerate(
                 zip(table.itertuples(), scores.tolist(), scales.score.shown(scores).tolist(), strict=True)

@@ -8,6 +8,7 @@ from anomalib_clipad.compare.evaluator import METRICS
 from anomalib_clipad.compare.examples import short_names
 from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.compare.known import PUBLISHED
+from anomalib_clipad.compare.naming import Naming, naming_picture, naming_table, namings
 from anomalib_clipad.compare.predictions import COUNTS, confusion, predictions
 from anomalib_clipad.compare.remarks import remarks, scale_remarks
 from anomalib_clipad.compare.score_figure import left_out
@@ -61,6 +62,7 @@ def markdown(
         for category, part in first_seed(done).groupby("category", sort=False):
             lines += [f"### Scores on {category}", "", _table(_scores(part, kept)), ""]
     lines += _verdict_lines(done, kept, drawn)
+    lines += _naming_lines(namings(first_seed(done).to_dict("records"), kept), drawn)
     lines += ["## Examples", ""]
     paths = {category: f"examples/{slug(str(category))}.png" for category in done["category"].unique()}
     lines += [f"![{category}]({path})" for category, path in paths.items() if path in drawn]
@@ -119,6 +121,23 @@ def _verdict_lines(done: pd.DataFrame, kept: Mapping[str, Kept], drawn: set[str]
     if "seed" in done and done["seed"].nunique() > 1:
         lines += ["Verdicts, histograms and examples are those of a model's first seed.", ""]
     return lines
+
+
+def _naming_lines(found: list[Naming], drawn: set[str]) -> list[str]:
+    """How often words for defects were right."""
+    if not found:
+        return []
+    lines = ["## Words for what was found, in per cent", ""]
+    lines += [
+        "Attribution, not diagnosis. Anomalous images whose folder is named by one of the words. Wrong words, "
+        "`unspecified`, and images that are not called anomalous count as wrong.",
+        "",
+        _table(naming_table(found)),
+        "",
+    ]
+    pictures = {one.title: naming_picture(one) for one in found}
+    lines += [f"![Words of {title}]({path})" for title, path in pictures.items() if path in drawn]
+    return [*lines, ""]
 
 
 def _scores(part: pd.DataFrame, kept: Mapping[str, Kept]) -> pd.DataFrame:

@@ -24,6 +24,8 @@ from anomalib_clipad.compare.evaluator import METRICS
 from anomalib_clipad.compare.generator import CompareJobGenerator
 from anomalib_clipad.compare.job import CompareJob
 from anomalib_clipad.compare.known import CLIP_SIZES, FIXED_CLIP, REQUIRED
+from anomalib_clipad.compare.naming import naming_remarks, namings
+from anomalib_clipad.compare.predictions import read_kept
 from anomalib_clipad.compare.remarks import remarks
 from anomalib_clipad.compare.report import write_report
 from anomalib_clipad.compare.runners import ParallelCompareRunner, SerialCompareRunner
@@ -79,7 +81,7 @@ class Compare(Pipeline):
             with logging_to(output / "compare.log"):
                 rows = runner.run(settings)
             _show(rows)
-            for line in remarks(rows):
+            for line in (*remarks(rows), *naming_remarks(namings(rows, read_kept(output, rows)))):
                 say(line)
             say("Drawing the report.")
             try:

@@ -15,7 +15,7 @@ from anomalib_clipad.files import write_atomically
 
 COLUMNS = (
     *("model", "category", "seed", "shots", "path", "score", "threshold", "label", "true_label"),
-    *("scaled_score", "p_value", "marked_area", *BOXES, "explanation"),
+    *("scaled_score", "p_value", "marked_area", *BOXES, "explanation", "defect", "true_defect"),
 )
 COUNTS = ("true positives", "false negatives", "false positives", "true negatives")
 
@@ -41,7 +41,7 @@ def predictions(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept]) -> 
     Returns:
         ``COLUMNS``: ``score`` and ``threshold`` in the model's own unit, ``scaled_score`` on the common scale.
         Threshold and label are empty where the model has no threshold, and so are marked area and box where its maps
-        have none; true label, p-value and explanation where there is none.
+        have none; true label, p-value, explanation, and the words for the defect where there is none.
 
     Example:
         >>> predictions([{"model": "SDP", "category": "nut", "key": "none"}], {}).empty
@@ -66,6 +66,8 @@ def predictions(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept]) -> 
                     image.marked_area,
                     *(image.box or [None] * len(BOXES)),
                     image.explanation,
+                    image.defect,
+                    image.true_defect,
                 )
             )
     return pd.DataFrame(found, columns=list(COLUMNS)).convert_dtypes(convert_floating=False)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.compare.known import PUBLISHED
 from anomalib_clipad.compare.markdown import markdown
 from anomalib_clipad.compare.metric_figures import categories_figure, means_figure, shots_figure, speed_figure
+from anomalib_clipad.compare.naming import naming_picture, naming_remarks, namings
+from anomalib_clipad.compare.naming_figure import confusion_figure
 from anomalib_clipad.compare.predictions import predictions, read_kept, write_predictions
 from anomalib_clipad.compare.progress import Tell, silent
 from anomalib_clipad.compare.remarks import remarks, scale_remarks
@@ -63,8 +66,14 @@ def write_report(
     kept = read_kept(output, rows)
     write_predictions(output, predictions(rows, kept))
     first = first_seed(done)
-    judged = predictions(first.to_dict("records"), kept)
-    drawings = [*_metric_drawings(output, done, metrics), *_image_drawings(output, first, judged, kept)]
+    records = first.to_dict("records")
+    judged = predictions(records, kept)
+    words = namings(records, kept)
+    drawings: list[Drawing] = [
+        *_metric_drawings(output, done, metrics),
+        *_image_drawings(output, first, judged, kept),
+        *((output / naming_picture(one), [one], partial(confusion_figure, one)) for one in words),
+    ]
     for number, (path, inputs, draw) in enumerate(drawings):
         tell(f"drawing {path.relative_to(output)}", number, len(drawings))
         path.parent.mkdir(exist_ok=True)
@@ -75,12 +84,11 @@ def write_report(
     if title:
         text += f"\n## Configuration\n```yaml\n{title.strip()}\n```\n"
     write_atomically(output / "report.md", text.encode(errors="backslashreplace"))
-    records = first.to_dict("records")
     write_page(
         output,
         f"Comparison of {table['model'].nunique()} models",
         page_images(output, records, kept, tell),
-        notes=[*remarks(rows), *scale_remarks(records)],
+        notes=[*remarks(rows), *naming_remarks(words), *scale_remarks(records)],
         metrics=100 * means_of(done, metrics).rename(columns=METRICS).rename_axis("means in %") if metrics else None,
     )
 

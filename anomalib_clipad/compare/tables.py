@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 from anomalib_clipad.compare.evaluator import METRICS
+from anomalib_clipad.compare.naming import WORDS
 from anomalib_clipad.pictures.text import printable
 
 
@@ -50,7 +51,7 @@ def means_of(done: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 def flat(table: pd.DataFrame) -> pd.DataFrame:
     """The table with a column a version, and a number in place of the list of skipped images."""
-    table = table.drop(columns=["inputs", "scales"], errors="ignore")
+    table = table.drop(columns=["inputs", "scales", WORDS], errors="ignore")
     if "skipped" in table:
         table = table.assign(skipped=[len(found) if isinstance(found, list) else 0 for found in table["skipped"]])
     if "versions" not in table:

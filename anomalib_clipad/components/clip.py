@@ -14,7 +14,7 @@ from anomalib_clipad.components.pretrained import first_line
 from anomalib_clipad.components.weights import check_tensors, read_tensors
 from anomalib_clipad.errors import InputError
 
-PART = 64  # tensors that are copied before the file is mapped anew, which bounds the memory
+PART = 100  # tensors that are copied before the file is mapped anew, which bounds the memory
 MASK = "attn_mask"  # the one buffer of open_clip's towers that no file holds
 
 
@@ -102,17 +102,20 @@ def fill_clip(clip: nn.Module, path: Path, trusted: bool = False) -> Callable[[]
         state = script or read_tensors(path, "weights file", mapped=True)[0]
         return check_tensors(_names_of_open_clip(state, clip), expected, what, advice, read=())
 
-    def fill(names: list[str]) -> None:
+    def fill(chosen: Callable[[str], bool]) -> list[str]:
+        state = read()
+        names = [name for name in state if chosen(name)]  # in the order of the file, in which a disk is fastest
         for start in range(0, len(names), PART):
-            part, state = names[start : start + PART], read()
+            part = names[start : start + PART]
+            state = read() if start else state
             wanted = {name: expected[name] for name in part}
             copies = check_tensors({name: state[name] for name in part}, wanted, what, advice)
             copies = {name: value.to(wanted[name].dtype, copy=True) for name, value in copies.items()}
             clip.load_state_dict(copies, strict=False, assign=True)
+        return [name for name in state if not chosen(name)]
 
     changed = _changed(path)
-    fill([name for name in expected if _is_seen(name)])
-    waiting = [name for name in expected if not _is_seen(name)]
+    waiting = fill(_is_seen)
 
     def fill_text() -> None:
         if not waiting:
@@ -120,7 +123,7 @@ def fill_clip(clip: nn.Module, path: Path, trusted: bool = False) -> Callable[[]
         if _changed(path) != changed:
             msg = f"{what} have changed since the model was loaded, so its text tower cannot be read; load it again."
             raise InputError(msg)
-        fill(waiting)
+        fill(waiting.__contains__)
         for module in clip.modules():
             mask = getattr(module, MASK, None)
             if isinstance(mask, torch.Tensor) and mask.is_meta:

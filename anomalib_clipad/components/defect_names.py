@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from anomalib_clipad.components.defect_words import Defects, shortened, words_by_class
+from anomalib_clipad.components.defect_words import UNSPECIFIED, Defects, shortened, words_by_class
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.scores import LOGIT_SCALE
@@ -18,7 +18,6 @@ from anomalib_clipad.components.text_encoder import TextEncoder
 from anomalib_clipad.components.tiling import TILES_WEIGHT
 from anomalib_clipad.errors import InputError
 
-UNSPECIFIED = "unspecified"
 MARGIN = 0.05  # between the two largest probabilities; below, no word is given
 SHOWN = 2  # words in an explanation
 LARGEST_SHARE = 0.01  # of a map's pixels, which are the region where none is marked
@@ -94,6 +93,11 @@ class DefectNames(Float32Buffers):
         self.register_buffer("directions", torch.empty(0, embed_dim))  # (words, D), one class after the other
         self.baseline = DefectBaseline()
 
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words of all classes, each once."""
+        return tuple(dict.fromkeys(word for own in self.words for word in own))
+
     def wanted(self, class_names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
         """The words of each class; nothing where no names are wanted.
 
@@ -157,17 +161,36 @@ class DefectNames(Float32Buffers):
             weights: (B, V, N), 0 or more, of the patches; 0 outside of the region.
             class_index: (B,) index into the classes; the first class for all by default.
         """
-        means = region_means(evidence, weights)
-        classes = [0] * len(means) if class_index is None else class_index.tolist()
-        return [self._name(values, number) for values, number in zip(means, classes, strict=True)]
+        rows = self.probabilities(evidence, weights, class_index).tolist()
+        classes = [0] * len(rows) if class_index is None else class_index.tolist()
+        names = []
+        for row, number in zip(rows, classes, strict=True):
+            pairs = zip(self.words[number], row[self._own(number)], strict=True)
+            # A stable order, also of what is not a number.
+            names.append(DefectName(dict(sorted(pairs, key=lambda pair: -pair[1]))))
+        return names
 
-    def _name(self, means: torch.Tensor, number: int) -> DefectName:
-        words = self.words[number]
+    def probabilities(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same in numbers: (B, words), words of one class after those of the other; 0 for those of other classes.
+
+        The arguments are those of :meth:`forward`.
+        """
+        means = region_means(evidence, weights)
+        columns = []
+        for number in range(len(self.words)):
+            own = self._own(number)
+            shares = (LOGIT_SCALE * self.baseline(means[:, own], own)).softmax(dim=1)
+            if class_index is not None:
+                shares = torch.where((class_index == number)[:, None], shares, 0.0)
+            columns.append(shares if class_index is not None or number == 0 else torch.zeros_like(shares))
+        return torch.cat(columns, dim=1)
+
+    def _own(self, number: int) -> slice:
+        """Where the words of a class are among those of all."""
         start = sum(map(len, self.words[:number]))
-        own = slice(start, start + len(words))
-        shares = (LOGIT_SCALE * self.baseline(means[own], own)).softmax(dim=0).tolist()
-        # A stable order, also of what is not a number.
-        return DefectName(dict(sorted(zip(words, shares, strict=True), key=lambda pair: -pair[1])))
+        return slice(start, start + len(self.words[number]))
 
     def _load_from_state_dict(
         self,
@@ -288,7 +311,8 @@ def region_weights(anomaly_map: torch.Tensor, mask: torch.Tensor | None = None) 
     least = pixels.topk(max(1, round(LARGEST_SHARE * pixels.shape[1])), dim=1).values[:, -1, None, None]
     region = values >= least
     if mask is not None:
-        region = torch.where(mask.flatten(1).any(dim=1)[:, None, None], mask.bool(), region)
+        marked = mask.bool()
+        region = marked | (region & ~marked.flatten(1).any(dim=1)[:, None, None])
     return torch.where(region, values.clamp(min=LEAST_WEIGHT), 0.0)
 
 

@@ -1,6 +1,7 @@
 """Words for defects, as a user gives them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from anomalib_clipad.components.prompts import PromptEnsemble
@@ -11,6 +12,8 @@ Defects: TypeAlias = Sequence[str] | Mapping[str, Any] | str | bool | None
 STATES = "states"  # the prompt ensemble's own words
 GENERAL = ("flaw", "defect", "damage", "abnormality")  # of the ensembles: that something is wrong, but not what
 LONGEST = 40  # characters of a word in a message
+UNSPECIFIED = "unspecified"  # said where no word leads
+NOT_CALLED = "not called anomalous"  # of an image that therefore gets no word
 
 
 def words_by_class(defects: Defects, ensemble: PromptEnsemble) -> tuple[str, ...] | dict[str, tuple[str, ...]] | None:
@@ -53,7 +56,7 @@ def _words(defects: object, ensemble: PromptEnsemble, what: str) -> tuple[str, .
             )
             raise InputError(msg)
         return words
-    if not isinstance(defects, list | tuple):
+    if not isinstance(defects, Sequence) or isinstance(defects, str):
         msg = f"{what} must be a list of words, such as [scratch, crack], or {STATES!r}, got {defects!r}."
         raise InputError(msg)
     for word in defects:
@@ -66,6 +69,9 @@ def _words(defects: object, ensemble: PromptEnsemble, what: str) -> tuple[str, .
         msg = f"{what} needs at least two words to choose between, {found}; add others, or leave it out."
         raise InputError(msg)
     folded = [word.casefold() for word in words]
+    if taken := next((word for word in (UNSPECIFIED, NOT_CALLED) if word in folded), None):
+        msg = f"{what}: {taken!r} is what is said where no word is given; use another word."
+        raise InputError(msg)
     if twice := next((word for word, key in zip(words, folded, strict=True) if folded.count(key) > 1), None):
         msg = f"{what} has {shortened(twice)} twice; name it once."
         raise InputError(msg)
@@ -77,6 +83,27 @@ def _specific_states(ensemble: PromptEnsemble) -> tuple[str, ...]:
     words = [state.removeprefix(prefix) for state in ensemble.anomalous_states if state.startswith(prefix)]
     normal = set(ensemble.normal_states)
     return tuple(word for word in words if f"{{}} without {word}" in normal and word not in GENERAL)
+
+
+def word_of_folder(path: str | Path, words: Sequence[str]) -> str | None:
+    """The word that a picture's folder is named by, as MVTec-AD names folders: ``broken_large`` for "broken large".
+
+    Args:
+        path: Of the picture.
+        words: To choose from; case does not matter.
+
+    Example:
+        >>> word_of_folder("bottle/test/broken_large/000.png", ["Broken large", "contamination"])
+        'Broken large'
+        >>> word_of_folder("bottle/test/good/000.png", ["Broken large", "contamination"]) is None
+        True
+    """
+    name = _as_folder(Path(path).parent.name)
+    return next((word for word in words if _as_folder(word) == name), None)
+
+
+def _as_folder(name: str) -> str:
+    return " ".join(name.replace("_", " ").split()).casefold()
 
 
 def shortened(word: str) -> str:

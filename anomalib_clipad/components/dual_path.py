@@ -162,9 +162,8 @@ class DualPathVisionTransformer(nn.Module):
                 yield tap(s, m)
             if index > last:
                 return
-            # A sum or a copy, never a view that would keep both paths' memory through the feed-forward.
-            s = surgery.clone() if (index - 1) % self.stage_length == 0 else s + surgery
-            del attended, surgery
+            s = surgery if (index - 1) % self.stage_length == 0 else s + surgery
+            del attended, surgery  # whose memory the feed-forward can use
             h = m + block.ls_2(block.mlp(block.ln_2(m)))
         yield tap(s, h)  # the tower's last block has no next one
 
@@ -196,17 +195,23 @@ def _dual_attention(
     block: ResidualAttentionBlock, n: torch.Tensor, class_only: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query-key and value-value attention of one block: (B, N + 1, W) each, the former (B, 1, W) if ``class_only``."""
-    attention = block.attn
-    b, length, _ = n.shape
-    qkv = F.linear(n, attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = qkv.reshape(b, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N + 1, d) each
+    attention, width = block.attn, n.shape[-1]
+    weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
     if class_only:
-        q = q[:, :, :1]
-    attended = attend(q, k, v)
-    surgery = attend(v, v, v)
-    both = torch.cat([heads.transpose(1, 2).flatten(2) for heads in (attended, surgery)], dim=1)
-    both = block.ls_1(attention.out_proj(both))  # one out-projection for both paths
-    return both.split([q.shape[2], length], dim=1)
+        (q,) = _split(F.linear(n[:, :1], weight[:width], bias[:width]), 1, heads)
+        k, v = _split(F.linear(n, weight[width:], bias[width:]), 2, heads)
+    else:
+        q, k, v = _split(F.linear(n, weight, bias), 3, heads)
+
+    def out(tokens: torch.Tensor) -> torch.Tensor:
+        return block.ls_1(attention.out_proj(tokens.transpose(1, 2).flatten(2)))
+
+    return out(attend(q, k, v)), out(attend(v, v, v))
+
+
+def _split(tokens: torch.Tensor, parts: int, heads: int) -> torch.Tensor:
+    """(B, L, parts * W) to (parts, B, heads, L, d)."""
+    return tokens.reshape(*tokens.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4)
 
 
 def _check_tower(visual: VisionTransformer) -> None:

@@ -29,6 +29,8 @@ class ZeroShotItem(ImageItem):
     p_value: torch.Tensor | None = None
     region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    defect_word: int | torch.Tensor | None = None
+    defect_truth: int | torch.Tensor | None = None
     class_name: str | None = None
     picture: str | None = None
 
@@ -57,6 +59,9 @@ class ZeroShotBatch(ImageBatch):
         region: (B, H, W), true inside the region that is looked at; ``None`` where that is everything.
         p_value: (B,) share of normal images that score as high, where scores of normal images are known.
         defect_evidence: (B, V, N, words) from which a name is made when the region is known, see :class:`DefectNames`.
+        defect_word: (B,) index into the network's vocabulary of the word given; -1 for ``unspecified``, -2 where the
+            image is not called anomalous.
+        defect_truth: (B,) likewise of the word that an anomalous image's folder is named by; -1 for any other image.
         class_name: Name of every image's class, as the model has taken it.
         picture: File of each image's picture, relative to the folder of the run.
         own_maps: Map of each image in its own size, where these are asked for.
@@ -80,6 +85,8 @@ class ZeroShotBatch(ImageBatch):
     p_value: torch.Tensor | None = None
     region: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
+    defect_word: torch.Tensor | None = None
+    defect_truth: torch.Tensor | None = None
     class_name: list[str] | None = None
     picture: list[str] | None = None
     own_maps: list[torch.Tensor] | None = None
@@ -110,8 +117,8 @@ class ZeroShotBatch(ImageBatch):
         """
         alike = len({one.shape for one in maps}) == 1
         present = [one for one in masks if one is not None]
-        self.anomaly_map = torch.stack(maps) if alike else None
-        self.pred_mask = torch.stack(present) if alike and len(present) == len(maps) else None
+        self.anomaly_map = _stacked(maps) if alike else None
+        self.pred_mask = _stacked(present) if alike and len(present) == len(maps) else None
         if not alike:
             self.own_maps, self.own_masks = maps, masks
 
@@ -123,6 +130,10 @@ class ZeroShotBatch(ImageBatch):
 def _shared(of: ImageItem | ImageBatch) -> dict[str, Any]:
     """What anomalib's own class has a field for."""
     return {field.name: getattr(of, field.name) for field in fields(ImageItem)}
+
+
+def _stacked(values: list[torch.Tensor]) -> torch.Tensor:
+    return values[0][None] if len(values) == 1 else torch.stack(values)  # large ones are not copied
 
 
 def _row(value: torch.Tensor | list[Any] | DualPathFeatures | None, row: int) -> Any:  # noqa: ANN401 - of the field's type

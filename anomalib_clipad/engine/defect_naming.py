@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from anomalib_clipad.components import DefectName, NamingFigures, region_weights
+from anomalib_clipad.components import DefectName, DefectNames, NamingFigures, region_weights
+from anomalib_clipad.components.defect_words import word_of_folder
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import map_on_the_scale
@@ -15,12 +16,15 @@ from anomalib_clipad.engine.scored_batches import ScoredBatches
 
 logger = logging.getLogger(__name__)
 
+UNSPECIFIED, NOT_CALLED, UNKNOWN = -1, -2, -1  # in place of a word's index
+
 
 class DefectNaming(ScoredBatches):
     """Writes into ``explanation`` of a batch what its anomalous images resemble, where a model has words for it.
 
-    It acts when the region is known, that is behind the post-processor. A normal image's explanation is empty. A test
-    in one process ends with how often the words were right, over the anomalous images whose folder is named by one.
+    It acts when the region is known, that is behind the post-processor. A normal image's explanation is empty. The word
+    and, where folders tell, the true one are in ``defect_word`` and ``defect_truth``. A test in one process ends with
+    how often the words were right, beside what guessing gives.
 
     Example:
         >>> from anomalib.engine import Engine
@@ -32,7 +36,7 @@ class DefectNaming(ScoredBatches):
     """
 
     def __init__(self) -> None:
-        self._known: list[tuple[str, str | None]] = []  # truth and word
+        self._known: list[tuple[int, int]] = []  # truth and word
 
     def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Forget the images of an earlier run."""
@@ -59,28 +63,39 @@ class DefectNaming(ScoredBatches):
             for row, name in zip(rows.tolist(), named, strict=True):
                 names[row] = name
         batch.explanation = ["" if name is None else name.explanation for name in names]
-        self._known += _known(batch, names, network.defect_names.words)
+        vocabulary, device = network.defect_names.vocabulary, evidence.device
+        batch.defect_word = torch.tensor([_index(name, vocabulary) for name in names], device=device)
+        if batch.gt_label is not None and batch.image_path:
+            truth = _truth(batch, network.defect_names)
+            batch.defect_truth = torch.tensor(truth, device=device)
+            words = batch.defect_word.tolist()
+            self._known += [pair for pair in zip(truth, words, strict=True) if pair[0] != UNKNOWN]
 
     def end(self, trainer: Trainer, model: LightningModule) -> None:
         """Say how often the words were right, where the data tell."""
-        network = cast("ZeroShotNetwork", model.model)
         if self._known and trainer.world_size == 1:
+            vocabulary = cast("ZeroShotNetwork", model.model).defect_names.vocabulary
             truth, given = zip(*self._known, strict=True)
             figures = NamingFigures.of(
-                truth, given, sorted({word for own in network.defect_names.words for word in own})
+                [vocabulary[index] for index in truth],
+                [vocabulary[index] if index >= 0 else None for index in given],
+                vocabulary,
             )
             logger.info("Attribution, not diagnosis: %s.", figures)
 
 
-def _known(
-    batch: ZeroShotBatch, names: Sequence[DefectName | None], words: Sequence[Sequence[str]]
-) -> list[tuple[str, str | None]]:
-    """Truth and word of the anomalous images whose folder is named by a word."""
-    if batch.gt_label is None or not batch.image_path:
-        return []
-    known = []
-    for row in batch.gt_label.bool().nonzero()[:, 0].tolist():
-        truth, name = Path(batch.image_path[row]).parent.name.replace("_", " "), names[row]
-        if truth in words[0 if batch.class_index is None else int(batch.class_index[row])]:
-            known.append((truth, None if name is None else name.word))
-    return known
+def _index(name: DefectName | None, vocabulary: Sequence[str]) -> int:
+    if name is None:
+        return NOT_CALLED
+    return UNSPECIFIED if name.word is None else vocabulary.index(name.word)
+
+
+def _truth(batch: ZeroShotBatch, names: DefectNames) -> list[int]:
+    """Index of the word that the folder of each anomalous image is named by."""
+    found = [UNKNOWN] * batch.batch_size
+    for row in cast("torch.Tensor", batch.gt_label).bool().nonzero()[:, 0].tolist():
+        own = names.words[0 if batch.class_index is None else int(batch.class_index[row])]
+        word = word_of_folder(cast("list[str]", batch.image_path)[row], own)
+        if word is not None:
+            found[row] = names.vocabulary.index(word)
+    return found

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +51,13 @@ class WholeExportMixin(ExportMixin):
         """Have ready what is baked in, or say why it cannot be; for the models to fill."""
         raise NotImplementedError
 
+    def tracing(self) -> AbstractContextManager[None]:
+        """Around the tracing of a model; for the models to fill."""
+        return nullcontext()
+
+    def describe(self, file: Path) -> None:
+        """Write into an ONNX file what belongs to it beside the graph; for the models to fill."""
+
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Write a file for :class:`anomalib.deploy.TorchInferencer`.
 
@@ -84,7 +91,8 @@ class WholeExportMixin(ExportMixin):
         """Write an ONNX file: images in [0, 1] in; pred_score, pred_label, anomaly_map, pred_mask out.
 
         Of several classes the file chooses each image's, and has a fifth output, class_index, that counts them as
-        ``class_name`` does.
+        ``class_name`` does. With ``extra_outputs`` the file has those of
+        :mod:`anomalib_clipad.engine.extra_outputs`, too.
 
         Args:
             export_root: Folder for ``weights/onnx/model.onnx``, one file. A model of 2 GB or more has its weights
@@ -111,8 +119,15 @@ class WholeExportMixin(ExportMixin):
         )
         kwargs.setdefault("external_data", size >= LARGEST_ONNX)
         export = super().to_onnx
-        with _warnings_only(*TALKATIVE), self._telling("index" if self._tells == "name" else self._tells):
-            return _write(export_root, lambda folder: export(folder, model_file_name, input_size, **kwargs))
+
+        def traced(folder: Path) -> Path:
+            file = export(folder, model_file_name, input_size, **kwargs)
+            self.describe(file)
+            return file
+
+        tells = "index" if self._tells == "name" else self._tells
+        with _warnings_only(*TALKATIVE), self.tracing(), self._telling(tells):
+            return _write(export_root, traced)
 
     def to_openvino(  # type: ignore[override]  # anomalib names the rest one by one
         self,

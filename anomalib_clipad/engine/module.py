@@ -25,7 +25,7 @@ from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
 from anomalib_clipad.engine.class_pools import check_post_processor
 from anomalib_clipad.engine.defect_naming import DefectNaming
-from anomalib_clipad.engine.export import WholeExportMixin
+from anomalib_clipad.engine.extra_outputs import Answer, ExtraOutputsMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -58,7 +58,7 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
     SinglePassMixin,
     NormalClassesMixin,
     CheckpointMixin,
-    WholeExportMixin,
+    ExtraOutputsMixin,
     _Module,
 ):
     """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
@@ -252,10 +252,11 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
             if not self._sizes:
                 self.find_size(None, (batch.shape[-2], batch.shape[-1]))
             self.choose_class(*self.products.names)
-        network = cast("nn.Module", self.model)
-        prediction = network(self.pre_processor(batch) if self.pre_processor else batch)
+        scores = self.model.scores(self.pre_processor(batch) if self.pre_processor else batch)
+        prediction = self.model.predictions(scores)
         processed = self.post_processor(prediction) if self.post_processor else prediction
-        return with_class(processed, prediction.class_index, self.model.class_names, self._tells)
+        told = with_class(processed, prediction.class_index, self.model.class_names, self._tells)
+        return self.with_extra(told, Answer(scores, prediction, cast("InferenceBatch", processed)))
 
     def val_dataloader(self) -> list:
         """No data: lets anomalib predict and benchmark without a datamodule; a datamodule's own comes first."""

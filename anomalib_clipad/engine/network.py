@@ -96,6 +96,11 @@ class ZeroShotNetwork(Protocol):
     def fit_defect_baseline(self, evidence: torch.Tensor, class_index: torch.Tensor | None = None) -> None:
         """Let the words' evidence on normal images be their zero."""
 
+    def defect_probabilities(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same in numbers: (B, words)."""
+
     def set_references(self, images: Iterable[torch.Tensor], augment: bool = False) -> Scores:
         """Compare all further images with these, and score these, each compared with the others."""
 

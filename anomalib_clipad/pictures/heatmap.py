@@ -134,10 +134,10 @@ def dimmed(image: Image.Image, region: np.ndarray) -> Image.Image:
         >>> drawn.getpixel((0, 0)), drawn.getpixel((3, 0))
         ((0, 0, 0), (166, 166, 166))
     """
-    cover = np.where(np.asarray(region).astype(bool), 0, round(255 * DIMMED)).astype(np.uint8)
-    opacity = Image.fromarray(cover).resize(image.size, Image.Resampling.NEAREST)
+    inside = Image.fromarray(255 * np.asarray(region).astype(bool).astype(np.uint8))
+    sized = np.asarray(inside.resize(image.size, Image.Resampling.BILINEAR)) >= 128  # as outline does it
     pale = image.convert("RGB")
-    pale.paste(DIM, mask=opacity)
+    pale.paste(DIM, mask=Image.fromarray(np.where(sized, 0, round(255 * DIMMED)).astype(np.uint8)))
     return pale
 
 

@@ -177,6 +177,13 @@ class FewShotNetwork(ClassTextFeatures):
         patches = self.tiling.patch_means(weights, self.grid, self.tile_batch_size)
         return cast("list[DefectName]", self.defect_names(evidence, patches, class_index))
 
+    def defect_probabilities(
+        self, evidence: torch.Tensor, weights: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same in numbers, see :meth:`DefectNames.probabilities`."""
+        patches = self.tiling.patch_means(weights, self.grid, self.tile_batch_size)
+        return self.defect_names.probabilities(evidence, patches, class_index)
+
     def fit_defect_baseline(self, evidence: torch.Tensor, class_index: torch.Tensor | None = None) -> None:
         """Let the words' evidence on normal images, (k, V, N, words), be their zero; of several classes, each's own."""
         inside, names = self._patches_inside(), self.defect_names

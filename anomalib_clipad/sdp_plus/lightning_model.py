@@ -68,6 +68,8 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             for those of image_size. Labels and scores are the same.
         single_pass: Whether the scores of the validation pass serve the test pass where both read the same images; the
             figures are the same, in half the time.
+        extra_outputs: Whether exported ONNX and OpenVINO files give the p-value and the words' probabilities, too.
+            anomalib's OpenVINOInferencer takes no file with more than its four outputs.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
         evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
@@ -111,6 +113,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         defects: list[str] | dict[str, Any] | bool | str | None = None,
         output_size: str | None = None,
         single_pass: bool = True,
+        extra_outputs: bool = False,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -135,6 +138,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             evaluator = paper_evaluator(validate=True)
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
         self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)
+        self.adopt_extra_outputs(extra_outputs)
         self.adopt_output_size(output_size)
         trained_on = (
             load_adapter(model.adapter, adapter, self.fingerprint, model.visual.layers) if adapter is not None else None
