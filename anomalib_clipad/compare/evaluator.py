@@ -150,7 +150,8 @@ class CompareEvaluator(Evaluator):
         """Take the words of the last batch."""
         del trainer
         self._read_words()
-        self.vocabulary = getattr(getattr(pl_module.model, "defect_names", None), "vocabulary", ())
+        names = getattr(getattr(pl_module, "model", None), "defect_names", None)  # of our models alone
+        self.vocabulary = getattr(names, "vocabulary", ())
 
     on_predict_batch_start = on_validation_batch_start = on_test_batch_start
     on_predict_batch_end = on_test_batch_end  # without labels there is nothing to measure but time

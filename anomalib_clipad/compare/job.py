@@ -1,6 +1,7 @@
 """One job of the comparison: one model on one category, measured like all others."""
 
 import hashlib
+import inspect
 import json
 import logging
 import platform
@@ -31,7 +32,7 @@ from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.naming import figures_of_job
 from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
 from anomalib_clipad.compare.scale import Scales, choose_scales
-from anomalib_clipad.compare.settings import short_class
+from anomalib_clipad.compare.settings import model_class, short_class
 from anomalib_clipad.compare.shots import take
 from anomalib_clipad.components import Region
 from anomalib_clipad.data.datamodules import build_datamodule
@@ -274,12 +275,13 @@ def category_of(data: Mapping[str, Any] | None, images: str | None) -> str:
 
 def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, region: object) -> AnomalibModule:
     """The model without measurements and pictures of its own, with the region of the data if it can look at one."""
+    kind = model_class(config["class_path"])
+    if region is not None and kind is not None and "region" in inspect.signature(kind).parameters:
+        config = {**config, "init_args": {**config.get("init_args", {}), "region": region}}
     model: Any = get_model(dict(config))
     if not isinstance(getattr(model, "class_name", None), str | None):
         msg = "A comparison shows each model on one scale, so class_name must be one name there; compare by category."
         raise InputError(msg)
-    if region is not None and "region" in model.hparams:
-        model = get_model({**config, "init_args": {**config.get("init_args", {}), "region": region}})
     model.evaluator = model.visualizer = model.table = model.page = model.original_maps = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.

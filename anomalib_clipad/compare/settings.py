@@ -3,9 +3,12 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import anomalib.models
 
 from anomalib_clipad.compare.evaluator import METRICS
 from anomalib_clipad.components import Region
@@ -187,6 +190,20 @@ def short_class(class_path: str) -> str:
         'Patchcore'
     """
     return class_path.rpartition(".")[2]
+
+
+def model_class(class_path: str) -> type | None:
+    """The model's class; None where there is none, which the job will say.
+
+    Example:
+        >>> model_class("anomalib.models.Padim").__name__
+        'Padim'
+    """
+    package, _, name = class_path.rpartition(".")
+    try:
+        return getattr(anomalib.models, short_class(class_path), None) or getattr(import_module(package), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
 
 
 def spell_out(config: Config) -> Iterator[tuple[Config, dict[str, object]]]:

@@ -2,17 +2,15 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
-import anomalib.models
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from pandas import DataFrame
 
-from anomalib_clipad.compare.settings import Config, short_class
+from anomalib_clipad.compare.settings import Config, model_class
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 
@@ -44,7 +42,7 @@ def variants(
     if shots is None:
         yield from ((model, None, seed) for seed in seeds)
         return
-    kind = _class_of(model["class_path"])
+    kind = model_class(model["class_path"])
     takes = kind is not None and K_SHOT in inspect.signature(kind).parameters
     arguments = model.get("init_args") or {}
     if takes and (own := next((key for key in (K_SHOT, SOURCE) if arguments.get(key) is not None), None)):
@@ -122,15 +120,6 @@ def _check_enough(count: int, available: int, where: str) -> None:
     if available < count:
         msg = f"shots asks for {count} normal images, and {where} has {available}; ask for fewer."
         raise InputError(msg)
-
-
-def _class_of(class_path: str) -> type | None:
-    """The model's class; None where there is none, which the job will say."""
-    package, _, name = class_path.rpartition(".")
-    try:
-        return getattr(anomalib.models, short_class(class_path), None) or getattr(import_module(package), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
 
 
 def _learning_type(kind: type | None) -> LearningType:
