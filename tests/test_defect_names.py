@@ -136,7 +136,7 @@ def test_the_region_is_the_mask_or_the_largest_hundredth_of_the_map() -> None:
 
 
 def test_no_word_is_given_where_none_leads() -> None:
-    assert DefectName({"scratch": 0.40, "dent": 0.35, "hole": 0.25}).explanation == "unspecified"
+    assert DefectName({"scratch": 0.40, "dent": 0.36, "hole": 0.24}).explanation == "unspecified"
     assert DefectName({"scratch": 0.50, "dent": 0.30, "hole": 0.20}).explanation == "scratch 0.50, dent 0.30"
     model = ClipAdSdpModel(clip=make_clip(), class_names=["nut"], defects=WORDS, rvs="mean")
     assert named(model, torch.full((1, 3, 32, 32), torch.nan), torch.rand(1, 32, 32))[0].explanation == "unspecified"

@@ -18,7 +18,7 @@ from anomalib_clipad.components.text_encoder import TextEncoder
 from anomalib_clipad.components.tiling import TILES_WEIGHT
 from anomalib_clipad.errors import InputError
 
-MARGIN = 0.1  # between the two largest probabilities; below, no word is given
+MARGIN = 0.05  # between the two largest probabilities; below, no word is given
 SHOWN = 2  # words in an explanation
 LARGEST_SHARE = 0.01  # of a map's pixels, which are the region where none is marked
 LEAST_WEIGHT = 1e-6  # of a pixel of the region, whose map may be zero everywhere

@@ -37,8 +37,30 @@ def render(name: str, style: Style, rng: np.random.Generator, size: int) -> tupl
         >>> picture.shape, bool(inside.all())
         ((64, 64, 3), False)
     """
+    return paint(SURFACES[name], style, rng, size)
+
+
+def paint(
+    surface: Callable[[Canvas], Relief], style: Style, rng: np.random.Generator, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Render one picture of any surface, as :func:`render` does one of ``SURFACES``.
+
+    Args:
+        surface: Draws the relief.
+        style: Style of the category.
+        rng: Randomness of this picture.
+        size: Its side in pixels.
+
+    Returns:
+        As :func:`render` does.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> paint(lambda canvas: (canvas.noise(5), None), Style.random(rng), rng, 64)[0].shape
+        (64, 64, 3)
+    """
     canvas = Canvas(size, style, rng)
-    relief, inside = SURFACES[name](canvas)
+    relief, inside = surface(canvas)
     picture = style.low + (style.high - style.low) * np.asarray(relief, dtype=np.float32)[..., None]
     if inside is None:
         inside = np.ones((size, size), dtype=bool)
