@@ -114,7 +114,7 @@ def test_a_job_runs_again_when_what_it_read_has_changed(job: CompareJob, image_f
 
 def test_another_version_of_a_package_runs_the_job_again(job: CompareJob, monkeypatch: pytest.MonkeyPatch) -> None:
     job.run()
-    monkeypatch.setattr("anomalib_clipad.compare.job.version", lambda _: "9.9")
+    monkeypatch.setattr("anomalib_clipad.compare.fingerprint.version", lambda _: "9.9")
     assert job.result() is None
 
 
