@@ -15,6 +15,7 @@ from PIL import Image
 
 from anomalib_clipad import ClipAdSdp, InputError
 from anomalib_clipad.components import DefectName, region_weights
+from anomalib_clipad.components.defect_names import MARGIN
 
 from .conftest import folder, new_engine
 from .test_export import FIELDS, OnceToOnnx, run_example, run_onnx, run_openvino
@@ -107,7 +108,7 @@ def test_the_example_prints_them(written: Written, tmp_path: Path) -> None:
 def test_a_file_says_what_its_outputs_mean(written: Written) -> None:
     texts = onnxruntime.InferenceSession(written.onnx).get_modelmeta().custom_metadata_map
     info = openvino.Core().read_model(written.openvino)
-    for key, value in {"normal_images": 12, "defects": WORDS, "margin": 0.1}.items():
+    for key, value in {"normal_images": 12, "defects": WORDS, "margin": MARGIN}.items():
         assert texts[key] == info.get_rt_info(["framework", key]).astype(str) == json.dumps(value)
 
 
