@@ -21,6 +21,20 @@ class InputError(ValueError):
     """
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse an argument that is neither true nor false.
+
+    Raises:
+        InputError: If it is not.
+
+    Example:
+        >>> check_flag("single_pass", True)
+    """
+    if not isinstance(value, bool):
+        msg = f"{name} must be true or false, got {value!r}."
+        raise InputError(msg)
+
+
 def input_error_behind(error: BaseException | None) -> InputError | None:
     """The ``InputError`` that an error was raised from, or that was being handled, at any depth.
 

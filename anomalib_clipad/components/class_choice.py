@@ -1,7 +1,6 @@
 """Which of several classes an image shows, from its class token alone. Ours, not the paper's."""
 
-from collections.abc import MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -32,6 +31,7 @@ class ClassChoice(Float32Buffers):
     """
 
     growing = ("vectors",)
+    added = True
 
     vectors: torch.Tensor
 
@@ -59,16 +59,6 @@ class ClassChoice(Float32Buffers):
         """
         class_token = F.normalize(surgery[-1][:, 0].float(), dim=-1)
         return (class_token @ self.vectors.T).argmax(dim=1)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: MutableMapping[str, torch.Tensor],
-        prefix: str,
-        *args: Any,  # noqa: ANN401 - torch's
-        **kwargs: Any,  # noqa: ANN401 - torch's
-    ) -> None:
-        state_dict.setdefault(f"{prefix}vectors", self.vectors[:0])  # a version of one class has written the state dict
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def rows_of(values: torch.Tensor, class_index: torch.Tensor | None, dims: int = 0) -> torch.Tensor:

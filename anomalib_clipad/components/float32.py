@@ -14,6 +14,7 @@ class Float32Buffers(nn.Module):
 
     Attributes:
         growing: Names of buffers that a state dict may hold in any length.
+        added: Whether a state dict of an earlier version may lack them; they are then empty.
 
     Example:
         >>> class Scale(Float32Buffers):
@@ -25,6 +26,7 @@ class Float32Buffers(nn.Module):
     """
 
     growing: ClassVar[tuple[str, ...]] = ()
+    added: ClassVar[bool] = False
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         before = dict(self._buffers)
@@ -43,6 +45,8 @@ class Float32Buffers(nn.Module):
         **kwargs: Any,  # noqa: ANN401 - torch's
     ) -> None:
         for name in self.growing:
+            if self.added:
+                state_dict.setdefault(prefix + name, getattr(self, name)[:0])
             found, ours = state_dict.get(prefix + name), getattr(self, name)
             if isinstance(found, torch.Tensor) and found.shape[1:] == ours.shape[1:]:
                 setattr(self, name, torch.empty_like(found, dtype=ours.dtype, device=ours.device))

@@ -72,6 +72,7 @@ class ReferenceBank(Float32Buffers):
     """
 
     growing = ("patches", "means", "counts")
+    added = True
 
     patches: torch.Tensor
     means: torch.Tensor
@@ -267,8 +268,6 @@ class ReferenceBank(Float32Buffers):
         *args: Any,  # noqa: ANN401 - torch's
         **kwargs: Any,  # noqa: ANN401 - torch's
     ) -> None:
-        for name in self.growing:  # a state dict of a version without references has none
-            state_dict.setdefault(prefix + name, getattr(self, name)[:0])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._prepare()
 

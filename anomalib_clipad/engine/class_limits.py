@@ -1,8 +1,5 @@
 """Thresholds of several classes: which of a class's own, and which of all classes together."""
 
-from collections.abc import MutableMapping
-from typing import Any
-
 import torch
 
 from anomalib_clipad.components.class_choice import rows_of
@@ -28,6 +25,7 @@ class ClassLimits(Float32Buffers):
     """
 
     growing = ("values", "good_scores", "good_class")
+    added = True
 
     values: torch.Tensor
     good_scores: torch.Tensor
@@ -91,14 +89,3 @@ class ClassLimits(Float32Buffers):
         """Have the values of one class, which are kept elsewhere."""
         for name in self.growing:
             setattr(self, name, getattr(self, name)[:0])
-
-    def _load_from_state_dict(
-        self,
-        state_dict: MutableMapping[str, torch.Tensor],
-        prefix: str,
-        *args: Any,  # noqa: ANN401 - torch's
-        **kwargs: Any,  # noqa: ANN401 - torch's
-    ) -> None:
-        for name in self.growing:  # a version of one class has written the state dict
-            state_dict.setdefault(prefix + name, getattr(self, name)[:0])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

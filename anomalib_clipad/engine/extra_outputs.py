@@ -19,7 +19,7 @@ from anomalib_clipad.components import Prediction, Scores, region_weights
 from anomalib_clipad.components.defect_names import MARGIN
 from anomalib_clipad.engine.export import WholeExportMixin
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.errors import InputError
+from anomalib_clipad.errors import check_flag
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +104,7 @@ class ExtraOutputsMixin(WholeExportMixin):
         Raises:
             InputError: If it is neither true nor false.
         """
-        if not isinstance(extra_outputs, bool):
-            msg = f"extra_outputs must be true or false, got {extra_outputs!r}."
-            raise InputError(msg)
+        check_flag("extra_outputs", extra_outputs)
         self.extra_outputs = extra_outputs
 
     @contextmanager

@@ -22,7 +22,7 @@ from anomalib_clipad.components.conformal import check_rate
 from anomalib_clipad.data.readable import ReadableDataset
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
-from anomalib_clipad.errors import InputError
+from anomalib_clipad.errors import InputError, check_flag
 
 if TYPE_CHECKING:
     _Module = AnomalibModule
@@ -139,9 +139,7 @@ class NormalImagesMixin(_Module):
         if few_shot_source is not None and not (isinstance(few_shot_source, str | Path) and str(few_shot_source)):
             msg = f"few_shot_source must be the path of a folder of normal images, got {few_shot_source!r}."
             raise InputError(msg)
-        if not isinstance(augment_references, bool):
-            msg = f"augment_references must be true or false, got {augment_references!r}."
-            raise InputError(msg)
+        check_flag("augment_references", augment_references)
         if false_alarm_rate is not None:
             check_rate(false_alarm_rate)
         self.k_shot, self.few_shot_source = k_shot, few_shot_source

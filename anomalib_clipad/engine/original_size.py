@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib.models.components import AnomalibModule
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from PIL import Image
 
@@ -15,6 +15,7 @@ from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.run_folder import HEATMAPS, MASKS, images_of, run_folder, writing
+from anomalib_clipad.engine.scored_batches import ScoredBatches
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import replacing
 from anomalib_clipad.pictures.heatmap import heat_layer
@@ -63,7 +64,7 @@ class OriginalSizeMixin(_Module):
             raise InputError(msg)
 
 
-class OriginalMaps(Callback):
+class OriginalMaps(ScoredBatches):
     """Enlarges the maps of ``predict`` to the size of each picture's file, and makes the masks from them.
 
     Each picture's heatmap goes to ``heatmaps/`` in the folder of the run, to be laid over the picture, and its mask to
@@ -83,31 +84,24 @@ class OriginalMaps(Callback):
     def __init__(self) -> None:
         self._names = PictureNames([])
 
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Choose the names of the files."""
-        del pl_module
+        del model
         self._names = PictureNames(list(images_of(trainer)))
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's hook names no type, and anomalib's are batches
-        batch: Any,  # noqa: ANN401 - likewise
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the maps and masks of a batch, and leave them in it."""
-        del batch, batch_idx, dataloader_idx
-        ours = cast("ZeroShotBatch", outputs)
+    def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
+        """Write the maps and masks of a batch of ``predict``, and leave them in it."""
+        del number
+        if not trainer.predicting:
+            return
         on_command_line = any(isinstance(one, SaveConfigCallback) for one in cast("Any", trainer).callbacks)
         kept = []
-        for path, (anomaly_map, mask) in zip(ours.image_path or [], _enlarged(ours, pl_module), strict=False):
+        for path, (anomaly_map, mask) in zip(batch.image_path or [], _enlarged(batch, model), strict=False):
             self._write(run_folder(trainer), path, anomaly_map, mask)
             if not on_command_line:
                 kept.append((anomaly_map, mask))
         if kept:
-            ours.take_own_size(*map(list, zip(*kept, strict=True)))
+            batch.take_own_size(*map(list, zip(*kept, strict=True)))
 
     def _write(self, folder: Path, image: str, anomaly_map: torch.Tensor, mask: torch.Tensor | None) -> None:
         pictures = {HEATMAPS: heat_layer(anomaly_map.float().cpu().numpy())}

@@ -1,7 +1,7 @@
 """From scores to what a user sees: values in [0, 1], labels and masks."""
 
 import logging
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -59,6 +59,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
     """
 
     growing = ("good_scores", "normal", "normal_class")
+    added = True
 
     good_scores: torch.Tensor
     normal: torch.Tensor
@@ -267,17 +268,6 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         known = (limit.nan_to_num(value) for limit, value in zip(limits, (0.0, 1.0, 0.5), strict=True))
         normalised = cast("torch.Tensor", self._normalize(values, *known))
         return torch.where(limits[-1].isnan(), by_rule, normalised)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: MutableMapping[str, torch.Tensor],
-        prefix: str,
-        *args: Any,  # noqa: ANN401 - torch's
-        **kwargs: Any,  # noqa: ANN401 - torch's
-    ) -> None:
-        for name in self.growing:  # a version without them has written the state dict
-            state_dict.setdefault(prefix + name, getattr(self, name)[:0])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def map_on_the_scale(of: ZeroShotBatch | ZeroShotItem, model: LightningModule) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import Compose, Resize
 from anomalib_clipad.components import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.errors import InputError
+from anomalib_clipad.errors import check_flag
 
 if TYPE_CHECKING:
     _Module = AnomalibModule
@@ -47,9 +47,7 @@ class SinglePassMixin(_Module):
         Raises:
             InputError: If it is neither true nor false.
         """
-        if not isinstance(single_pass, bool):
-            msg = f"single_pass must be true or false, got {single_pass!r}."
-            raise InputError(msg)
+        check_flag("single_pass", single_pass)
         self.single_pass = single_pass
         self._kept = {}
 
