@@ -228,6 +228,10 @@ def test_a_checkpoint_without_references_is_refused_where_they_are_wanted(
         *(({"k_shot": value}, "k_shot must be a number of images") for value in (-1, 1.5, "2", None, True, [1])),
         *(({"few_shot_source": value}, "few_shot_source must be the path") for value in ("", 3, ["a"])),
         *(({"false_alarm_rate": value}, "false_alarm_rate must be a number") for value in (0, 1, 2.0, "0.05", [0.1])),
+        *(
+            ({"reference_layers": value}, "reference_layers must be some of the layers")
+            for value in ([], [5], [2, 1], 1)
+        ),
         *(({"max_references": value}, "max_references must be a whole number") for value in (0, -1, 2.5, None)),
         ({"augment_references": "yes"}, "augment_references must be true or false"),
         ({"false_alarm_rate": 0.05, "post_processor": False}, "false_alarm_rate belongs to the default"),

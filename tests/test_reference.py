@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from anomalib_clipad.components import ReferenceBank, ReferenceFusion
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
+from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel
 
 from .conftest import make_clip
 
@@ -58,6 +59,20 @@ def test_distances_equal_loops() -> None:
     expected = torch.tensor([naive(images, image, references, [0, 1, 2]) for image in range(2)])
     # Half precision rounds a vector's entries by at most 2**-12 of themselves, so a cosine by at most 2**-12.
     torch.testing.assert_close(bank(images), expected, atol=2**-13, rtol=0)
+
+
+@pytest.mark.parametrize("network", [ClipAdSdpModel, ClipAdSdpPlusModel])
+def test_images_are_compared_at_some_of_the_layers(network: type[ClipAdSdpModel]) -> None:
+    model = network(clip=make_clip(), class_names=["nut"], rvs="mean", reference_layers=[1, 3])
+    references, images = torch.randn(2, 3, 32, 32), torch.randn(3, 3, 32, 32)
+    model.set_references([references])
+    alone = ReferenceBank(taps=2, width=32, grid=(4, 4))
+    kept, compared = (model.visual(batch).original[::2] for batch in (references, images))
+    alone.fit(kept)
+    wanted = alone(compared).reshape(3, 1, 4, 4)
+    enlarged = F.interpolate(wanted, size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
+    found = model._look(images, model.references, None).reference_map
+    torch.testing.assert_close(found, enlarged, atol=1e-5, rtol=0)
 
 
 def test_references_are_compared_with_the_others() -> None:

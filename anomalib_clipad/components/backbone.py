@@ -38,6 +38,7 @@ __all__ = ["Backbone", "OpenedBackbone", "find_cached", "fingerprint", "load_bac
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "open_clip_config.json"
+DEMO_REFERENCE_LAYERS = (3,)  # chosen on surfaces for validation, see benchmarks/references.md
 
 
 class Backbone(NamedTuple):
@@ -48,6 +49,7 @@ class Backbone(NamedTuple):
         tokenizer: Turns a list of sentences into (P, context length) tokens.
         mean: Mean of the images' channels it was trained with.
         std: Standard deviation of the channels.
+        reference_layers: Blocks at which it compares with references best, where that is known.
 
     Example:
         >>> loaded = load_backbone(small_clip)
@@ -59,6 +61,7 @@ class Backbone(NamedTuple):
     tokenizer: Tokenizer
     mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN
     std: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD
+    reference_layers: tuple[int, ...] | None = None
 
 
 class LazyTokenizer:
@@ -130,7 +133,7 @@ def load_backbone(
 
     Example:
         >>> import torch
-        >>> clip, tokenizer, mean, std = load_backbone(small_clip)
+        >>> clip, tokenizer, mean, std, _ = load_backbone(small_clip)
         >>> clip.encode_image(torch.rand(1, 3, 32, 32)).shape
         torch.Size([1, 24])
     """
@@ -196,7 +199,8 @@ def open_backbone(
     fill_text = _nothing if weights is None else fill_clip(clip, weights, trusted)
     mean = _channels(preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN)
     std = _channels(preprocess.get("std") or open_clip.OPENAI_DATASET_STD)
-    return OpenedBackbone(Backbone(clip, tokenizer, mean, std), weights, fill_text)
+    suited = DEMO_REFERENCE_LAYERS if backbone == DEMO else None
+    return OpenedBackbone(Backbone(clip, tokenizer, mean, std, suited), weights, fill_text)
 
 
 def _nothing() -> None:

@@ -9,28 +9,27 @@ from anomalib_clipad.components.tiling import TILES_WEIGHT
 
 
 class DefectBaseline(Float32Buffers):
-    """What the words' evidence is on normal images: its mean, which becomes zero, and its spread, which becomes equal.
+    """What the words' evidence is on normal images, from which a word that they show is counted.
 
-    Values are divided by their word's standard deviation over patches, and multiplied by the mean of these over the
-    words: they stay differences of cosines, so that one temperature serves with and without normal images.
+    A word whose evidence there is above 0, where the text vectors with it and without it balance, fires on good parts:
+    the hole of a nut is no defect. Other words keep their zero. Subtracting every word's mean, and making spreads
+    equal, were measured and not taken, see ``benchmarks/defect_names.md``.
 
     Example:
         >>> baseline = DefectBaseline()
-        >>> baseline.fit(torch.tensor([[[[0.0, 0.1], [0.2, 0.2]]]]))
+        >>> baseline.fit(torch.tensor([[[[-0.2, 0.1], [-0.1, 0.3]]]]))
         >>> baseline(torch.tensor([0.1, 0.15]), slice(0, 2))
-        tensor([0., 0.])
+        tensor([ 0.1000, -0.0500])
     """
 
-    growing = ("mean", "std")
+    growing = ("mean",)
     added = True
 
     mean: torch.Tensor
-    std: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in self.growing:  # (words,), empty without normal images
-            self.register_buffer(name, torch.empty(0))
+        self.register_buffer("mean", torch.empty(0))  # (words,), empty without normal images
 
     def fit(self, evidence: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Measure normal images.
@@ -40,10 +39,7 @@ class DefectBaseline(Float32Buffers):
             weights: (V, N), 0 for patches that do not count; by default all do.
         """
         ones = evidence.new_ones(evidence.shape[:-1])
-        everywhere = ones if weights is None else ones * weights
-        mean = region_means(evidence, everywhere).mean(dim=0)
-        variance = region_means((evidence - mean).square(), everywhere).mean(dim=0)
-        self.mean, self.std = mean, variance.sqrt().clamp(min=1e-6)
+        self.mean = region_means(evidence, ones if weights is None else ones * weights).mean(dim=0)
 
     def fit_classes(
         self,
@@ -64,20 +60,17 @@ class DefectBaseline(Float32Buffers):
         for number, own in enumerate(words):
             rows = class_index == number
             self.fit(evidence[rows] if rows.any() else evidence, weights)
-            measured.append(torch.stack([self.mean, self.std])[:, start : start + len(own)])
+            measured.append(self.mean[start : start + len(own)])
             start += len(own)
-        self.mean, self.std = torch.cat(measured, dim=1)
+        self.mean = torch.cat(measured)
 
     def reset(self) -> None:
         """Know no normal images."""
-        self.mean, self.std = self.mean[:0], self.std[:0]
+        self.mean = self.mean[:0]
 
     def forward(self, values: torch.Tensor, own: slice) -> torch.Tensor:
-        """Evidence of one class's words, ``own``, counted from that of normal images where there are any."""
-        if not len(self.mean):
-            return values
-        mean, std = self.mean[own], self.std[own]
-        return (values - mean) / std * std.mean()
+        """Evidence of one class's words, ``own``, beyond that of normal images where there are any."""
+        return values - self.mean[own].clamp(min=0) if len(self.mean) else values
 
 
 def region_means(evidence: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Tokens of normal images, as they are and turned, on their way into a bank of references."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+
+from anomalib_clipad.errors import InputError
 
 
 class ReferenceTokens:
@@ -32,6 +34,33 @@ class ReferenceTokens:
         """One tensor a tap, images as they are first."""
         batches = [batch for _, turned in sorted(self._turns.items()) for batch in turned]
         return [torch.cat(tap) for tap in zip(*batches, strict=True)]
+
+
+def reference_taps(wanted: Sequence[int] | None, suited: Sequence[int] | None, layers: Sequence[int]) -> list[int]:
+    """At which of a tower's taps images are compared with references.
+
+    Args:
+        wanted: Blocks of these taps; by default those that suit the weights, or else all, as in APRIL-GAN.
+        suited: Blocks that are known to suit the weights, see :class:`anomalib_clipad.components.Backbone`.
+        layers: Blocks of all taps.
+
+    Returns:
+        Numbers of the taps, counted from 0.
+
+    Raises:
+        InputError: If ``wanted`` are not some of ``layers``.
+
+    Example:
+        >>> reference_taps([3, 9], None, [3, 6, 9, 12]), reference_taps(None, [3], [3, 6, 9, 12])
+        ([0, 2], [0])
+    """
+    if wanted is None:
+        wanted = suited if suited and set(suited) <= set(layers) else layers
+    blocks = list(wanted) if isinstance(wanted, list | tuple) else []
+    if not blocks or not all(type(block) is int for block in blocks) or blocks != [b for b in layers if b in blocks]:
+        msg = f"reference_layers must be some of the layers {list(layers)}, in this order, got {wanted!r}."
+        raise InputError(msg)
+    return [list(layers).index(block) for block in blocks]
 
 
 def turns(images: torch.Tensor) -> Iterator[torch.Tensor]:

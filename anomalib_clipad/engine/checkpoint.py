@@ -49,7 +49,7 @@ MAY_BE_NAN = ("model.fusion.", "post_processor.")
 # Of any number, and of values that earlier versions did not have.
 SCORES_OF_NORMAL = ("post_processor.good_scores", "post_processor.normal")
 BANKS = ("model.references.", "model.tile_references.")
-WORDS = tuple(f"model.defect_names.{name}" for name in ("directions", "baseline.mean", "baseline.std"))
+WORDS = tuple(f"model.defect_names.{name}" for name in ("directions", "baseline.mean"))
 GROWING = (
     "model.text_features",
     *(bank + name for bank in BANKS for name in ReferenceBank.growing),
@@ -125,14 +125,17 @@ class CheckpointMixin(_Module):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         tile_size, region = self.model.tile_size, self.model.region.given
+        layers = list(self.model.visual.layers)
+        references = [layers[tap] for tap in self.model.reference_taps]
         return {
             "model": type(self).__name__,
             "backbone": str(self.hparams.get("backbone")),
             "weights": self.fingerprint,
-            "layers": list(self.model.visual.layers),
+            "layers": layers,
             "image_size": list(self.model.image_size),
             "tiles": None if tile_size is None else [*tile_size, self.model.tile_overlap],
             "region": None if region is None else region.digest,
+            "reference_layers": None if references == layers else references,
         }
 
     @classmethod
@@ -287,13 +290,13 @@ def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any], fitted: 
         raise damaged(problems[0])
 
 
-def _words_fit(words: object, directions: int, *baseline: int, classes: int) -> bool:
+def _words_fit(words: object, directions: int, baseline: int, *, classes: int) -> bool:
     """Whether words for defects, two or more of every class, and the lengths of what belongs to them agree."""
     if not isinstance(words, list) or len(words) not in (0, classes):
         return False
     if not all(isinstance(own, list) and len(own) > 1 and all(isinstance(word, str) for word in own) for own in words):
         return False
-    return sum(map(len, words)) == directions and set(baseline) in ({0}, {directions})
+    return sum(map(len, words)) == directions and baseline in (0, directions)
 
 
 def _damaged(path: str | Path, error: BaseException) -> str:

@@ -35,6 +35,7 @@ class ZeroShotNetwork(Protocol):
         defect_names: Words for what is found, if any are asked for.
         class_choice: Chooses an image's class, where it is not given.
         fusion: One image score from two.
+        reference_taps: At which taps images are compared with these.
         references: Patches of normal images, if there are any.
         tile_references: Likewise of their tiles, if pictures are cut into any.
         reference_fusion: One map and one score from two where there are references.
@@ -55,6 +56,7 @@ class ZeroShotNetwork(Protocol):
     defect_names: DefectNames
     class_choice: ClassChoice
     fusion: ScoreFusion
+    reference_taps: list[int]
     references: ReferenceBank
     tile_references: ReferenceBank
     reference_fusion: ReferenceFusion

@@ -31,6 +31,7 @@ class FewShotNetwork(ClassTextFeatures):
     image_size: tuple[int, int]
     view_size: tuple[int, int]
     grid: tuple[int, int]
+    reference_taps: list[int]
     references: ReferenceBank
     tile_references: ReferenceBank
     fusion: ScoreFusion
@@ -51,6 +52,10 @@ class FewShotNetwork(ClassTextFeatures):
     def compare(self, features: DualPathFeatures, class_index: torch.Tensor | None = None) -> ViewScores:
         """Compare taps with the text vectors; for the subclass to fill."""
         raise NotImplementedError
+
+    def reference_tokens(self, features: DualPathFeatures) -> list[torch.Tensor]:
+        """Tokens of CLIP's own path at the taps where images are compared with references."""
+        return [features.original[tap] for tap in self.reference_taps]
 
     def enlarge_patches(self, patches: torch.Tensor) -> torch.Tensor:
         """(b, N) to (b, h, w), bilinearly."""
@@ -204,7 +209,7 @@ class FewShotNetwork(ClassTextFeatures):
     def _look_at(self, views: Iterable[torch.Tensor], turn: int, gathered: "_Gathered", number: int | None) -> None:
         for view in views:
             features = self.taps(view)
-            gathered.tokens.add(turn, features.original)
+            gathered.tokens.add(turn, self.reference_tokens(features))
             if turn == 0:
                 own = None if number is None else torch.full((len(view),), number, device=view.device)
                 gathered.seen.append(self.compare(features, own))

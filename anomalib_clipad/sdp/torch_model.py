@@ -32,6 +32,7 @@ from anomalib_clipad.components import (
 from anomalib_clipad.components.defect_words import Defects
 from anomalib_clipad.components.image_size import parse_image_size
 from anomalib_clipad.components.reference import MOST_PATCHES
+from anomalib_clipad.components.reference_tokens import reference_taps
 from anomalib_clipad.components.region import Boxes
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
@@ -64,6 +65,8 @@ class ClipAdSdpModel(FewShotNetwork):
         tile_batch_size: Most tiles that go through the tower at once.
         region: What is looked at: path of a mask picture, whose white counts, or boxes [left, top, right, bottom] in
             fractions of width and height; everything by default. See :meth:`scores`.
+        reference_layers: Some of ``layers``, at which images are compared with references; by default those that suit
+            the weights, see :class:`anomalib_clipad.components.Backbone`, or else all.
         max_references: Most patches of references a tap, see :class:`anomalib_clipad.components.ReferenceBank`.
         defects: Words for what is found, see :class:`anomalib_clipad.components.DefectNames` and :meth:`name_defects`.
         clip: A ready open_clip model to use instead of loading one. Its vision tower is frozen and set to eval mode in
@@ -100,6 +103,7 @@ class ClipAdSdpModel(FewShotNetwork):
         tile_overlap: float = 0.25,
         tile_batch_size: int = 8,
         region: str | Path | Boxes | None = None,
+        reference_layers: list[int] | None = None,
         max_references: int = MOST_PATCHES,
         defects: Defects = None,
         clip: nn.Module | None = None,
@@ -121,6 +125,7 @@ class ClipAdSdpModel(FewShotNetwork):
         self.fusion = ScoreFusion(self.map_scale)
         self.reference_fusion = ReferenceFusion()
         self._sigma, self._max_references = sigma, max_references
+        self.reference_taps = reference_taps(reference_layers, loaded.reference_layers, self.visual.layers)
         self.region = RegionOfPictures(None if region is None else Region(region))
         check_tiles(image_size, tile_size, tile_overlap, tile_batch_size)
         sizes = self.visual.image_size, self.visual.patch_size
@@ -153,7 +158,7 @@ class ClipAdSdpModel(FewShotNetwork):
         self.region.lie_in(self.tiling, self.tile_batch_size)
         self.region.to(device)
         self.references, self.tile_references = (
-            ReferenceBank(len(self.visual.layers), self.visual.width, self.grid, self._max_references).to(device)
+            ReferenceBank(len(self.reference_taps), self.visual.width, self.grid, self._max_references).to(device)
             for _ in range(2)
         )
         self.forget_images()
@@ -248,7 +253,8 @@ class ClipAdSdpModel(FewShotNetwork):
         with torch.no_grad():
             for tap, (tokens, original) in enumerate(self.visual.walk(views)):
                 surgery.append(tokens)
-                distances.append(bank.distance(tap, original, class_index))
+                if tap in self.reference_taps:
+                    distances.append(bank.distance(self.reference_taps.index(tap), original, class_index))
         seen = self.compare(DualPathFeatures([], surgery), class_index)
         return seen._replace(reference_map=self.enlarge_patches(torch.stack(distances).mean(dim=0)))
 
@@ -287,7 +293,7 @@ class ClipAdSdpModel(FewShotNetwork):
             seen = ViewScores(text_map, score, defect_evidence=evidence, class_index=class_index)
             if bank is None or not bank.fitted:
                 return seen
-            return seen._replace(reference_map=self.enlarge_patches(bank(features.original, class_index)))
+            return seen._replace(reference_map=self.enlarge_patches(bank(self.reference_tokens(features), class_index)))
 
     def joined_scores(self, joined: ViewScores) -> Scores:
         """What was found in whole pictures and tiles, and joined, as one map and two scores."""

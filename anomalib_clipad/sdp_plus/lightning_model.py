@@ -55,6 +55,8 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             few_shot_source. With 0, none, or all of few_shot_source where it is given.
         few_shot_source: Folder of normal images to compare with.
         augment_references: Compare with the flipped and turned normal images, too.
+        reference_layers: Some of layers, at which images are compared with normal ones; by default all, or those that
+            suit the weights: block 3 of the demonstration backbone.
         max_references: Most patches of normal images to compare with at a tap; of more, a coreset is chosen.
         false_alarm_rate: Share of normal images that may be called anomalous, such as 0.05. The thresholds are then set
             from the scores of normal images alone: those of the training split, of few_shot_source and of the
@@ -107,6 +109,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         k_shot: int = 0,
         few_shot_source: str | Path | None = None,
         augment_references: bool = False,
+        reference_layers: list[int] | None = None,
         max_references: int = MOST_PATCHES,
         false_alarm_rate: float | None = None,
         lr: float = 1e-4,
@@ -131,6 +134,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             tile_overlap=tile_overlap,
             tile_batch_size=tile_batch_size,
             region=region,
+            reference_layers=reference_layers,
             max_references=max_references,
             defects=defects,
         )
