@@ -1,6 +1,6 @@
 """An open_clip model, built without weights and filled from a file: the vision tower at once, the text tower later."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from anomalib_clipad.components.pretrained import first_line
 from anomalib_clipad.components.weights import check_tensors, read_tensors
 from anomalib_clipad.errors import InputError
 
-PART = 100  # tensors that are copied before the file is mapped anew, which bounds the memory
+SPARE = 0.1  # of a file: pages read that may stay in memory beyond its size
 MASK = "attn_mask"  # the one buffer of open_clip's towers that no file holds
 
 
@@ -79,8 +79,9 @@ def _build_empty(kind: Callable[..., nn.Module], config: Mapping[str, Any]) -> n
 def fill_clip(clip: nn.Module, path: Path, trusted: bool = False) -> Callable[[], None]:
     """Fill a model with the weights of a file, without its text tower.
 
-    The file is mapped, and a few tensors at a time are copied from it: a model that kept to the mapping would end the
-    process when somebody writes to the file.
+    The file is mapped, and its tensors are copied: a model that kept to the mapping would end the process when somebody
+    writes to the file. Where copies and pages read would take more memory than the file, it is mapped anew, which frees
+    the pages.
 
     Args:
         clip: From :func:`build_clip`.
@@ -98,24 +99,29 @@ def fill_clip(clip: nn.Module, path: Path, trusted: bool = False) -> Callable[[]
     expected = clip.state_dict()
     what, advice = f"The weights {path}", "choose the backbone that they were saved from"
 
-    def read() -> dict[str, torch.Tensor]:
-        state = script or read_tensors(path, "weights file", mapped=True)[0]
+    def read(chosen: Callable[[str], bool], copied: Collection[str]) -> dict[str, torch.Tensor]:
+        def wanted(name: str) -> bool:
+            # Names of the vision tower alone are the same in all files.
+            return chosen is not _is_seen or (chosen(own := name.removeprefix("module.")) and own not in copied)
+
+        state = script or read_tensors(path, "weights file", mapped=wanted)[0]
         return check_tensors(_names_of_open_clip(state, clip), expected, what, advice, read=())
 
-    def fill(chosen: Callable[[str], bool]) -> list[str]:
-        state = read()
-        names = [name for name in state if chosen(name)]  # in the order of the file, in which a disk is fastest
-        for start in range(0, len(names), PART):
-            part = names[start : start + PART]
-            state = read() if start else state
-            wanted = {name: expected[name] for name in part}
-            copies = check_tensors({name: state[name] for name in part}, wanted, what, advice)
-            copies = {name: value.to(wanted[name].dtype, copy=True) for name, value in copies.items()}
-            clip.load_state_dict(copies, strict=False, assign=True)
-        return [name for name in state if not chosen(name)]
+    def fill(chosen: Callable[[str], bool], filled: int) -> tuple[list[str], int]:
+        copies: dict[str, torch.Tensor] = {}
+        state, mapped, size = read(chosen, copies), 0, path.stat().st_size
+        for name in [name for name in state if chosen(name)]:  # in the order of the file, in which a disk is fastest
+            bytes_read = state[name].nbytes
+            if mapped > SPARE * size and filled + mapped + bytes_read > size:
+                state, mapped = read(chosen, copies), 0
+            tensor = check_tensors({name: state[name]}, {name: expected[name]}, what, advice)[name]
+            copies[name] = tensor.to(expected[name].dtype, copy=True)
+            filled, mapped = filled + bytes_read, mapped + bytes_read
+        clip.load_state_dict(copies, strict=False, assign=True)
+        return [name for name in state if not chosen(name)], filled
 
     changed = _changed(path)
-    waiting = fill(_is_seen)
+    waiting, seen = fill(_is_seen, 0)
 
     def fill_text() -> None:
         if not waiting:
@@ -123,7 +129,7 @@ def fill_clip(clip: nn.Module, path: Path, trusted: bool = False) -> Callable[[]
         if _changed(path) != changed:
             msg = f"{what} have changed since the model was loaded, so its text tower cannot be read; load it again."
             raise InputError(msg)
-        fill(waiting.__contains__)
+        fill(waiting.__contains__, seen)
         for module in clip.modules():
             mask = getattr(module, MASK, None)
             if isinstance(mask, torch.Tensor) and mask.is_meta:

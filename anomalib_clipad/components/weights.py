@@ -3,11 +3,11 @@
 The weights of a CLIP, adapters and checkpoints are all read here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import is_zipfile
 
 import torch
@@ -56,7 +56,7 @@ def looks_like_file(name: str | PathLike[str]) -> bool:
 
 
 def read_tensors(
-    path: Path, what: str, checkpoint: bool = False, mapped: bool = False
+    path: Path, what: str, checkpoint: bool = False, mapped: Callable[[str], bool] | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a file of tensors without executing it.
 
@@ -64,7 +64,9 @@ def read_tensors(
         path: A ``.safetensors`` file, or one that ``torch.save`` wrote.
         what: Name of the file's role for messages, such as ``adapter``.
         checkpoint: Whether the types that anomalib stores in its checkpoints are accepted beside tensors.
-        mapped: Whether the values stay in the file until they are used, which saves memory.
+        mapped: Names of the tensors that are wanted; their values stay in the file until they are used, which saves
+            memory, and of the others a ``.safetensors`` file gives no more than shape and type. By default all are
+            read at once.
 
     Returns:
         The file's content, not checked further (see :func:`check_tensors`), and the header of a ``.safetensors`` file.
@@ -85,12 +87,13 @@ def read_tensors(
     try:
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+                keys = file.keys()
+                content = {key: _tensor(file, key, mapped is None or mapped(key)) for key in keys}
                 header = dict(file.metadata() or {})
         else:
             with anomalib_safe_globals() if checkpoint else nullcontext():
                 # Only the present format of torch.save, a zip file, can be mapped.
-                mmap = mapped and is_zipfile(path)
+                mmap = mapped is not None and is_zipfile(path)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged files make the readers raise errors of every kind
         # The error's own text is left out: torch's recommends to execute the file.
@@ -147,6 +150,16 @@ def check_tensors(
         msg = f"{what} do not fit: {problems[0]}{more}; {advice}."
         raise InputError(msg)
     return dict(state)
+
+
+def _tensor(file: Any, key: str, wanted: bool) -> torch.Tensor:  # noqa: ANN401 - safetensors gives no type
+    """A tensor of a file, or zeros of its shape and kind, since to give a tensor has its values read ahead."""
+    if wanted:
+        return cast("torch.Tensor", file.get_tensor(key))
+    header = file.get_slice(key)
+    kind = header.get_dtype()  # such as F32, BF16, C64, I64, U8, BOOL
+    dtype = torch.float32 if kind.startswith(("F", "BF")) else torch.complex64 if kind.startswith("C") else torch.int64
+    return torch.zeros((), dtype=dtype).expand(header.get_shape())
 
 
 def _difference(found: object, expected: torch.Tensor, with_values: bool) -> str:
