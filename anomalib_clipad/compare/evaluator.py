@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from anomalib_clipad.compare.heat_layers import marked_regions
 from anomalib_clipad.compare.map_stream import MapStream
 from anomalib_clipad.compare.scale import Scale
-from anomalib_clipad.components import Region, p_values
+from anomalib_clipad.components import Region
 from anomalib_clipad.components.defect_words import UNSPECIFIED
 from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.engine.defect_naming import NOT_CALLED, UNKNOWN
@@ -72,6 +72,9 @@ class CompareEvaluator(Evaluator):
         self.labels: list[int | None] = []
         self.scores: list[float] = []
         self.explanations: list[str | None] = []
+        self.p_values: list[float | None] = []
+        self.classes: list[str | None] = []
+        self.class_names: tuple[str, ...] = ()  # what the model chooses them from
         self.defects: list[tuple[int, int]] = []  # word and true word of each image, as a batch of ours has them
         self.vocabulary: tuple[str, ...] = ()  # the words that these count
         self._unread: Any = None  # a batch that the model's own callbacks have yet to write into
@@ -150,8 +153,9 @@ class CompareEvaluator(Evaluator):
         """Take the words of the last batch."""
         del trainer
         self._read_words()
-        names = getattr(getattr(pl_module, "model", None), "defect_names", None)  # of our models alone
-        self.vocabulary = getattr(names, "vocabulary", ())
+        network = getattr(pl_module, "model", None)
+        self.vocabulary = getattr(getattr(network, "defect_names", None), "vocabulary", ())  # of our models alone
+        self.class_names = getattr(network, "class_names", ())  # likewise
 
     on_predict_batch_start = on_validation_batch_start = on_test_batch_start
     on_predict_batch_end = on_test_batch_end  # without labels there is nothing to measure but time
@@ -176,22 +180,19 @@ class CompareEvaluator(Evaluator):
         seen = set(self.paths)
         return sorted(path for path in self.all_paths if path not in seen)
 
-    def table(self, map_scale: Scale, good_scores: torch.Tensor | None) -> pd.DataFrame:
+    def table(self, map_scales: Sequence[Scale]) -> pd.DataFrame:
         """A row an image, in the order in which they came.
 
         Args:
-            map_scale: Of the maps, whose threshold marks regions.
-            good_scores: Image scores of normal images, for p-values; None or empty if they are not known.
+            map_scales: Of the images' maps, whose thresholds mark regions.
         """
-        share = None
-        if good_scores is not None and len(good_scores):
-            share = p_values(torch.tensor(self.scores), good_scores.cpu()).tolist()
-        return marked_regions(self.stream, len(self.paths), map_scale).assign(
+        return marked_regions(self.stream, map_scales).assign(
             path=self.paths,
+            class_name=self.classes,
             label=self.labels,
             score=self.scores,
             explanation=self.explanations,
-            p_value=share,
+            p_value=self.p_values,
             defect=[_word(word, self.vocabulary) for word, _ in self.defects],
             true_defect=[self.vocabulary[truth] if truth >= 0 else None for _, truth in self.defects],
         )
@@ -201,7 +202,11 @@ class CompareEvaluator(Evaluator):
         batch, self._unread = self._unread, None
         if batch is None:
             return
-        self.explanations += batch.explanation or [None] * batch.batch_size
+        unknown = [None] * batch.batch_size
+        self.explanations += batch.explanation or unknown
+        self.classes += getattr(batch, "class_name", None) or unknown
+        p_value = getattr(batch, "p_value", None)
+        self.p_values += unknown if p_value is None else p_value.tolist()
         nothing = torch.full((batch.batch_size,), UNKNOWN)
         word, truth = (getattr(batch, name, None) for name in NAMING_FIELDS)
         both = (nothing if word is None else word, nothing if truth is None else truth)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from anomalib_clipad.compare.drawing import new_figure
 from anomalib_clipad.compare.examples import choose_examples, extremes, short_names
-from anomalib_clipad.compare.job_files import Kept, KeptImage
+from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.data.verdict import VERDICTS, telling_digits
 from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, LEVELS, THRESHOLD, legend, outline, overlay
 from anomalib_clipad.pictures.image_file import read_picture
@@ -23,6 +23,7 @@ from anomalib_clipad.pictures.text import shortened
 MOST_EXTREMES = 6  # rows beside the examples
 SIDE = 320  # pixels of the longer side of a picture in its cell
 CELL, CAPTION, NAMES = 1.9, 0.42, 1.6  # inches: a cell's width, what is written under it, the column of names
+LINE = 0.14  # inches: the class under a cell, where a model has several
 FLATTEST, TALLEST = 0.3, 1.4  # height by width of a cell
 RIGHT, WRONG = "#1a1a1a", "#a33b00"
 
@@ -89,6 +90,7 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
         notes: Sentences for the foot of the picture.
 
     Example:
+        >>> from anomalib_clipad.compare.job_files import KeptImage
         >>> from anomalib_clipad.compare.scale import choose_scales
         >>> image = KeptImage(score=0.3, shown=0.3, label=0, heat=Path("none.png"))
         >>> kept = {"SDP": Kept({"a.png": image}, {}, choose_scales(None, [0.3], [(0, 1)], [0]), "digest")}
@@ -101,7 +103,8 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
     names = dict(zip(everything, short_names(everything), strict=True))
     columns = ["image", *(["ground truth"] if masks else []), *kept]
 
-    heights = [CELL * min(max(picture.height / picture.width, FLATTEST), TALLEST) + CAPTION for picture in pictures]
+    caption = CAPTION + LINE * any(one.scales.of_class for one in kept.values())
+    heights = [CELL * min(max(picture.height / picture.width, FLATTEST), TALLEST) + caption for picture in pictures]
     width = NAMES + CELL * len(columns)
     foot = _foot(kept, notes, width)
     bottom = 0.5 + 0.16 * len(foot)
@@ -119,7 +122,7 @@ def examples_figure(kept: Mapping[str, Kept], rows: Sequence[Row], notes: Sequen
             line[2].imshow(picture if mask is None else outline(picture, mask, GROUND_TRUTH))
         for axis, one in zip(line[1 + len(columns) - len(kept) :], kept.values(), strict=True):
             axis.imshow(_heat(picture, one, row.path))
-            _write_verdict(axis, one.images[row.path], one.scales.score.known)
+            _write_verdict(axis, one, row.path)
     for axis, text in zip(axes[0, 1:], columns, strict=True):
         axis.set_title(shortened(text, 26), fontsize=9, parse_math=False)
     for axis in axes.flat:
@@ -148,7 +151,7 @@ def _heat(picture: Image.Image, one: Kept, path: str) -> Image.Image:
         return picture
     values = np.where(levels < LEVELS - 1, levels / (LEVELS - 2), np.nan)
     drawn = overlay(picture, values)
-    if not one.scales.map.known:
+    if not one.scales.of(one.images[path].class_name).map.known:
         return drawn
     sized = Image.fromarray(values).resize(picture.size, Image.Resampling.BILINEAR)
     return outline(drawn, np.asarray(sized) > THRESHOLD)
@@ -162,22 +165,26 @@ def _write_name(axis: Axes, name: str, truth: int | None, why: str) -> None:
     axis.text(0, 0.98, below, fontsize=8, va="top", style="italic", transform=axis.transAxes, parse_math=False)
 
 
-def _write_verdict(axis: Axes, image: KeptImage, known: bool) -> None:
-    if not known:
-        axis.set_xlabel(f"score {image.shown:.3f}\nno verdict", fontsize=8)
+def _write_verdict(axis: Axes, one: Kept, path: str) -> None:
+    image, name = one.images[path], one.chosen_class(path)
+    of_class = f"{shortened(name, 22)}\n" if name else ""
+    if not one.scales.of(image.class_name).score.known:
+        axis.set_xlabel(f"{of_class}score {image.shown:.3f}\nno verdict", fontsize=8, parse_math=False)
         return
     called = int(image.shown > THRESHOLD)
     digits = telling_digits(image.shown, THRESHOLD)
-    words, colour = f"score {image.shown:.{digits}f}, {VERDICTS[called]}", RIGHT
+    words, colour = f"{of_class}score {image.shown:.{digits}f}, {VERDICTS[called]}", RIGHT
     if image.label is not None:
         wrong = "✗ false alarm" if called else "✗ missed"
         words += "\n" + ("✓ right" if called == image.label else wrong)
         colour = RIGHT if called == image.label else WRONG
-    axis.set_xlabel(words, fontsize=8, color=colour, weight="bold" if colour == WRONG else "normal")
+    weight = "bold" if colour == WRONG else "normal"
+    axis.set_xlabel(words, fontsize=8, color=colour, weight=weight, parse_math=False)
 
 
 def _foot(kept: Mapping[str, Kept], notes: Sequence[str], width: float) -> list[str]:
-    key = ["Scores and heatmaps: 0.5 = threshold."]
+    several = any(one.scales.of_class for one in kept.values())
+    key = [f"Scores and heatmaps: 0.5 = threshold{' of the class' if several else ''}."]
     if any(one.scales.map.known for one in kept.values()):
         key.append("White line: above the map's threshold.")
     if any(one.masks for one in kept.values()):

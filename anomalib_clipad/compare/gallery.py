@@ -32,8 +32,8 @@ def page_images(
         for path, image in one.images.items():
             found = findings.setdefault((str(row["category"]), path), {})
             heat = image.heat.relative_to(output).as_posix()
-            finding = Finding(image.shown, f"{image.score:.6g}", heat, image.p_value, image.explanation)
-            found.setdefault(str(row["model"]), finding)
+            own = image.p_value, image.explanation, one.chosen_class(path)
+            found.setdefault(str(row["model"]), Finding(image.shown, f"{image.score:.6g}", heat, *own))
             truths[str(row["category"]), path] = image.label
     images = []
     for number, ((category, path), found) in enumerate(sorted(findings.items())):

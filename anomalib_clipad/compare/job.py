@@ -31,7 +31,7 @@ from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.naming import figures_of_job
 from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
-from anomalib_clipad.compare.scale import Scales, choose_scales
+from anomalib_clipad.compare.scale import Scale, Scales, choose_scales
 from anomalib_clipad.compare.settings import model_class, short_class
 from anomalib_clipad.compare.shots import take
 from anomalib_clipad.components import Region
@@ -208,7 +208,11 @@ class CompareJob(Job):
             if not evaluator.paths:
                 msg = f"No image of {self.category} could be read; look at the folder that the configuration names."
                 raise InputError(msg)
-            scales = choose_scales(model.post_processor, evaluator.scores, evaluator.map_limits, evaluator.labels)
+            scales = choose_scales(
+                model.post_processor,
+                *(evaluator.scores, evaluator.map_limits, evaluator.labels),
+                *(evaluator.classes, evaluator.class_names),
+            )
             row |= {
                 "images": len(evaluator.paths),
                 "skipped": evaluator.skipped,
@@ -220,7 +224,7 @@ class CompareJob(Job):
                 "versions": inputs["versions"],
                 "inputs": inputs,
             }
-            table = evaluator.table(scales.map, getattr(model.post_processor, "good_scores", None))
+            table = evaluator.table(_map_scales(scales, evaluator))
             row |= figures_of_job(evaluator.vocabulary, table)
             self._keep(evaluator, scales, table)
         return row
@@ -244,7 +248,7 @@ class CompareJob(Job):
         shown = choose_examples(evaluator.paths, evaluator.labels)
         both = extremes(evaluator.paths, evaluator.labels, evaluator.scores)
         masks = {path: evaluator.stream.mask(numbers[path]) for path in (*shown, *both) if path is not None}
-        job_files.write_heat(self.file, heat_layers(evaluator.stream, order, scales.map, self.tell))
+        job_files.write_heat(self.file, heat_layers(evaluator.stream, order, _map_scales(scales, evaluator), self.tell))
         job_files.write_masks(self.file, {path: mask for path, mask in masks.items() if mask is not None})
         job_files.write_images(self.file, table)
 
@@ -279,14 +283,19 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, reg
     if region is not None and kind is not None and "region" in inspect.signature(kind).parameters:
         config = {**config, "init_args": {**config.get("init_args", {}), "region": region}}
     model: Any = get_model(dict(config))
-    if not isinstance(getattr(model, "class_name", None), str | None):
-        msg = "A comparison shows each model on one scale, so class_name must be one name there; compare by category."
+    if not isinstance(name := getattr(model, "class_name", None), str | None) and not hasattr(model, "products"):
+        msg = f"{short_class(config['class_path'])} takes one name as class_name, got {name!r}; compare by category."
         raise InputError(msg)
     model.evaluator = model.visualizer = model.table = model.page = model.original_maps = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name
     return model
+
+
+def _map_scales(scales: Scales, evaluator: CompareEvaluator) -> list[Scale]:
+    """The scale of each image's map."""
+    return [scales.of(name).map for name in evaluator.classes]
 
 
 def _no_loaders() -> list[object]:

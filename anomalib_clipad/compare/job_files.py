@@ -23,7 +23,7 @@ from anomalib_clipad.files import remove_abandoned, replacing, write_atomically
 
 KEPT = (".npz", ".csv")
 IMAGE_COLUMNS = (  # of KEY.csv
-    *("path", "label", "score", "p_value", "marked_area"),
+    *("path", "class_name", "label", "score", "p_value", "marked_area"),
     *(*BOXES, "explanation", "defect", "true_defect"),
 )
 ERRORS = "surrogateescape"  # a file's name may be no valid text
@@ -135,6 +135,7 @@ class KeptImage:
         shown: The same on the common scale, 0.5 at the threshold.
         label: 1 if the image is anomalous, 0 if it is normal, None if that is not known.
         heat: Its heat layer.
+        class_name: What the model has taken it for, where it tells.
         p_value: Share of normal images that score as high, where scores of normal images are known.
         marked_area: Share of the image above the map's threshold, where that is known.
         box: Of the largest marked region, see :func:`anomalib_clipad.engine.table.largest_box`; or nothing.
@@ -151,6 +152,7 @@ class KeptImage:
     shown: float
     label: int | None
     heat: Path
+    class_name: str | None = None
     p_value: float | None = None
     marked_area: float | None = None
     box: tuple[float, ...] = ()
@@ -166,7 +168,7 @@ class Kept:
     Args:
         images: Its images by path.
         masks: Ground truth of the examples by path, (H, W) bool, empty without masks.
-        scales: The scales of its scores and maps.
+        scales: The scales of its scores and maps, one for each class where it has several.
         digest: Changes when any of it does.
 
     Example:
@@ -178,6 +180,10 @@ class Kept:
     masks: dict[str, np.ndarray]
     scales: Scales
     digest: str
+
+    def chosen_class(self, path: str) -> str | None:
+        """The class of an image, where the model has several to choose from."""
+        return self.images[path].class_name if self.scales.of_class else None
 
     @classmethod
     def read(cls, file: Path) -> "Kept | None":
@@ -193,9 +199,10 @@ class Kept:
         images = {
             row.path: KeptImage(
                 score,
-                shown,
+                float(scales.of(row.class_name).score.shown(score)),
                 label=int(float(row.label)) if row.label else None,
                 heat=heat_folder(file) / _heat_name(number),
+                class_name=row.class_name or None,
                 p_value=float(row.p_value) if row.p_value else None,
                 marked_area=float(row.marked_area) if row.marked_area else None,
                 box=tuple(float(getattr(row, side)) for side in BOXES if getattr(row, side)),
@@ -203,9 +210,7 @@ class Kept:
                 defect=row.defect or None,
                 true_defect=row.true_defect or None,
             )
-            for number, (row, score, shown) in enumerate(
-                zip(table.itertuples(), scores.tolist(), scales.score.shown(scores).tolist(), strict=True)
-            )
+            for number, (row, score) in enumerate(zip(table.itertuples(), scores.tolist(), strict=True))
         }
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
             masks = dict(zip(arrays["paths"].tolist(), arrays["masks"], strict=True)) if "masks" in arrays else {}

@@ -118,9 +118,26 @@ def _verdict_lines(done: pd.DataFrame, kept: Mapping[str, Kept], drawn: set[str]
         cells = pd.Series([" / ".join(map(str, row)) for row in each.to_numpy()], index=each.index)
         lines += ["### Verdicts by category", "", f"{' / '.join(COUNTS).capitalize()}.", ""]
         lines += [_table(cells.unstack("model", fill_value="", sort=False)), ""]
+    lines += _class_lines(done, judged, kept)
     if "seed" in done and done["seed"].nunique() > 1:
         lines += ["Verdicts, histograms and examples are those of a model's first seed.", ""]
     return lines
+
+
+def _class_lines(done: pd.DataFrame, judged: pd.DataFrame, kept: Mapping[str, Kept]) -> list[str]:
+    """What became of each class, for models that have several."""
+    rows = done.to_dict("records")
+    models = {str(row["model"]) for row in rows if row["key"] in kept and kept[row["key"]].scales.of_class}
+    if not models:
+        return []
+    by = ["model", "category", "class"]
+    several = judged[judged["model"].isin(models)]
+    found = several.groupby(by, sort=False).agg(images=("path", "size"), threshold=("threshold", "first"))
+    found["threshold"] = found["threshold"].map(lambda value: "" if pd.isna(value) else f"{value:.4g}")
+    if len(counts := confusion(several, by)):
+        found = found.join(counts.reindex(found.index, fill_value=0))
+    table = _table(found.reset_index().set_index("model"))
+    return ["### Classes", "", "0.5 is the threshold of the image's class, here in the model's own unit.", "", table, ""]
 
 
 def _naming_lines(found: list[Naming], drawn: set[str]) -> list[str]:
@@ -143,13 +160,18 @@ def _naming_lines(found: list[Naming], drawn: set[str]) -> list[str]:
 def _scores(part: pd.DataFrame, kept: Mapping[str, Kept]) -> pd.DataFrame:
     """A row an image, a column a model."""
     scores = {
-        row["model"]: {path: image.score for path, image in kept[row["key"]].images.items()}
+        row["model"]: {path: _score(kept[row["key"]], path) for path in kept[row["key"]].images}
         for _, row in part.iterrows()
         if row["key"] in kept
     }
-    shown = pd.DataFrame(scores).sort_index().map("{:.4f}".format)
+    shown = pd.DataFrame(scores).sort_index().fillna("")
     shown.index = pd.Index(short_names(list(shown.index)), name="image")
     return shown
+
+
+def _score(one: Kept, path: str) -> str:
+    name = one.chosen_class(path)
+    return f"{one.images[path].score:.4f}" + (f" ({name})" if name else "")
 
 
 def _published(done: pd.DataFrame, means: pd.DataFrame, data: str | None) -> list[str]:

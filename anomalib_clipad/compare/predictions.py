@@ -14,7 +14,7 @@ from anomalib_clipad.engine.table import BOXES, NAME
 from anomalib_clipad.files import write_atomically
 
 COLUMNS = (
-    *("model", "category", "seed", "shots", "path", "score", "threshold", "label", "true_label"),
+    *("model", "category", "seed", "shots", "path", "class", "score", "threshold", "label", "true_label"),
     *("scaled_score", "p_value", "marked_area", *BOXES, "explanation", "defect", "true_defect"),
 )
 COUNTS = ("true positives", "false negatives", "false positives", "true negatives")
@@ -39,7 +39,8 @@ def predictions(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept]) -> 
         kept: What the jobs kept.
 
     Returns:
-        ``COLUMNS``: ``score`` and ``threshold`` in the model's own unit, ``scaled_score`` on the common scale.
+        ``COLUMNS``: ``score`` and ``threshold``, that of the class, in the model's own unit, ``scaled_score`` on the
+        common scale.
         Threshold and label are empty where the model has no threshold, and so are marked area and box where its maps
         have none; true label, p-value, explanation, and the words for the defect where there is none.
 
@@ -51,12 +52,13 @@ def predictions(rows: Sequence[Mapping[str, Any]], kept: Mapping[str, Kept]) -> 
     for row in rows:
         if (one := kept.get(str(row["key"])) if _is_done(row) else None) is None:
             continue
-        scale = one.scales.score
         for path, image in one.images.items():
+            scale = one.scales.of(image.class_name).score
             found.append(
                 (
                     *(row.get(name) for name in ("model", "category", "seed", "shots")),
                     path,
+                    image.class_name,
                     image.score,
                     scale.threshold if scale.known else None,
                     VERDICTS[int(image.score > scale.threshold)] if scale.known else None,

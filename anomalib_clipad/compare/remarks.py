@@ -61,17 +61,23 @@ def scale_remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if not isinstance(row.get("scales"), Mapping):
             continue
-        scales = Scales.read(row["scales"])
-        if not scales.score.known:
-            whose = "all images" if scales.score.source == ALL else "its good images"
-            ending = "; likewise for heatmaps" if not scales.map.known else ""
-            words = f"has no threshold, so no verdicts: 0.5 is the largest score of {whose}, 0 the lowest{ending}."
-        elif not scales.map.known:
-            whose = "all images" if scales.map.source == ALL else "its good images"
-            words = f"has no threshold for maps: 0.5 in its heatmaps is the largest value of {whose}, 0 the lowest."
-        else:
-            continue
-        categories = found.setdefault((str(row["model"]), words), [])
-        if row["category"] not in categories:
-            categories.append(row["category"])
+        whole = Scales.read(row["scales"])
+        for class_name, scales in (whole.of_class or {"": whole}).items():
+            if (words := _without_threshold(scales)) is not None:
+                categories = found.setdefault((str(row["model"]), words), [])
+                category = f"{row['category']} ({class_name})" if class_name else str(row["category"])
+                if category not in categories:
+                    categories.append(category)
     return [printable(f"{model} on {', '.join(names)} {words}") for (model, words), names in found.items()]
+
+
+def _without_threshold(scales: Scales) -> str | None:
+    """What 0.5 is where it is no threshold."""
+    if not scales.score.known:
+        whose = "all images" if scales.score.source == ALL else "its good images"
+        ending = "; likewise for heatmaps" if not scales.map.known else ""
+        return f"has no threshold, so no verdicts: 0.5 is the largest score of {whose}, 0 the lowest{ending}."
+    if not scales.map.known:
+        whose = "all images" if scales.map.source == ALL else "its good images"
+        return f"has no threshold for maps: 0.5 in its heatmaps is the largest value of {whose}, 0 the lowest."
+    return None

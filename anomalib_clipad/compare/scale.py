@@ -1,15 +1,17 @@
 """The scale that all models of a comparison are shown on: 0.5 is the threshold.
 
 Jobs measure a model's own scores and maps, whose units differ. What is shown of them, in pictures, tables and on the
-page, is brought to one scale here. It is not clamped, so the order of the scores stays.
+page, is brought to one scale here. It is not clamped, so the order of the scores stays. A model of several classes has
+a scale for each, on which 0.5 is the class's own threshold.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from anomalib.post_processing import PostProcessor
 
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
@@ -67,20 +69,28 @@ class Scales:
     Args:
         score: Of image scores.
         map: Of anomaly maps.
+        of_class: The two of each class that occurs, where the model has several; those above are then of all images.
 
     Example:
-        >>> both = Scales(Scale(0.5, 0.0, 1.0, MODEL), Scale(2.0, 0.0, 4.0, GOOD))
-        >>> Scales.read(both.row()) == both
-        True
+        >>> nut = Scales(Scale(0.7, 0.0, 1.0, MODEL), Scale(2.0, 0.0, 4.0, GOOD))
+        >>> both = Scales(nut.score, nut.map, {"nut": nut})
+        >>> Scales.read(both.row()) == both, both.of("nut") == nut, nut.of(None) == nut
+        (True, True, True)
     """
 
     score: Scale
     map: Scale
+    of_class: Mapping[str, "Scales"] = field(default_factory=dict)
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> "Scales":
         """From a job's row."""
-        return cls(Scale(**row["score"]), Scale(**row["map"]))
+        of_class = {name: cls.read(own) for name, own in row.get("of_class", {}).items()}
+        return cls(Scale(**row["score"]), Scale(**row["map"]), of_class)
+
+    def of(self, class_name: str | None) -> "Scales":
+        """The scales of an image of a class, which may not be known."""
+        return self.of_class.get(class_name or "", self)
 
     def row(self) -> dict[str, Any]:
         """For a job's row."""
@@ -92,6 +102,8 @@ def choose_scales(
     scores: Sequence[float],
     map_limits: Sequence[tuple[float, float]],
     labels: Sequence[int | None],
+    classes: Sequence[str | None] = (),
+    class_names: Sequence[str] = (),
 ) -> Scales:
     """The scales of a model: by its own thresholds, else by good images, else by all.
 
@@ -100,6 +112,8 @@ def choose_scales(
         scores: Image scores.
         map_limits: Lowest and largest value of each image's map.
         labels: 0 for a good image, None without labels.
+        classes: Name of each image's class.
+        class_names: All that the model chooses from; each has a scale of its own where there are several.
 
     Example:
         >>> scales = choose_scales(None, [1.0, 2.0, 9.0], [(0.0, 1.0)] * 3, [0, 0, 1])
@@ -107,22 +121,33 @@ def choose_scales(
         ([0.0, 0.5], 'good images')
     """
     limits = np.asarray(map_limits, dtype=np.float64).reshape(-1, 2)
-    score, values = np.asarray(scores, dtype=np.float64), np.concatenate([limits[:, 0], limits[:, 1]])
-    good = np.array([label == 0 for label in labels], dtype=bool)
-    return Scales(
-        _of_model(post_processor, "image", score) or _of_images(score, good),
-        _of_model(post_processor, "pixel", values) or _of_images(values, np.tile(good, 2)),
-    )
+    score, good = np.asarray(scores, dtype=np.float64), np.array([label == 0 for label in labels], dtype=bool)
+
+    def of(rows: np.ndarray, number: int | None) -> Scales:
+        values = limits[rows].T.flatten()
+        return Scales(
+            _of_model(post_processor, "image", score[rows], number) or _of_images(score[rows], good[rows]),
+            _of_model(post_processor, "pixel", values, number) or _of_images(values, np.tile(good[rows], 2)),
+        )
+
+    whole = of(np.full(len(score), fill_value=True), None)
+    if len(class_names) < 2:
+        return whole
+    shown = np.array(classes, dtype=object)
+    of_class = {name: of(shown == name, number) for number, name in enumerate(class_names) if name in classes}
+    return Scales(whole.score, whole.map, of_class)
 
 
-def _of_model(post_processor: object, level: Level, values: np.ndarray) -> Scale | None:
-    """The scale of a post-processor that knows a threshold, its sensitivity included."""
+def _of_model(post_processor: object, level: Level, values: np.ndarray, number: int | None) -> Scale | None:
+    """The scale of a post-processor that knows a threshold, its sensitivity included, for a class by its number."""
     if not isinstance(post_processor, PostProcessor) or not post_processor.enable_thresholding:
         return None
     stricter = 0.5 - float(getattr(post_processor, f"{level}_sensitivity"))  # how far the threshold is from 0.5
-    threshold = float(getattr(post_processor, f"{level}_threshold"))
+    limits = tuple(getattr(post_processor, f"{level}_{end}") for end in ("min", "max", "threshold"))
+    if isinstance(post_processor, ClipAdPostProcessor) and number is not None:
+        limits = post_processor.limits(level, torch.tensor([number]))
+    low, high, threshold = map(float, limits)
     if math.isfinite(threshold):
-        low, high = (float(getattr(post_processor, f"{level}_{end}")) for end in ("min", "max"))
         if not math.isfinite(high - low):  # not normalised
             reach = float(np.abs(_finite(values) - threshold).max(initial=0.0))
             low, high = threshold - reach, threshold + reach

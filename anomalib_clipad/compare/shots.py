@@ -32,7 +32,7 @@ def variants(
         seeds: Seeds of the draw.
 
     Raises:
-        InputError: If the model has normal images of its own.
+        InputError: If the model has normal images of its own, or several classes.
 
     Example:
         >>> model = {"class_path": "Padim", "name": "PaDiM"}
@@ -47,6 +47,12 @@ def variants(
     arguments = model.get("init_args") or {}
     if takes and (own := next((key for key in (K_SHOT, SOURCE) if arguments.get(key) is not None), None)):
         msg = f"{model['name']} has {own} in its init_args, and shots gives every model the same images; leave one out."
+        raise InputError(msg)
+    if takes and not isinstance(names := arguments.get("class_name"), str | None) and len(names) > 1:
+        msg = (
+            f"{model['name']} takes k_shot normal images of each class of class_name, and shots gives every model the "
+            "same images; compare one class at a time, or leave shots out."
+        )
         raise InputError(msg)
     if not takes:
         trained = _learning_type(kind) == LearningType.ONE_CLASS

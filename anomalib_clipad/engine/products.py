@@ -42,7 +42,7 @@ class Products:
             self.names = (class_name,) if class_name else ()
         elif isinstance(class_name, Mapping):
             self.names, self.folders = _classes_of(class_name), dict(class_name)
-        elif isinstance(class_name, list | tuple):
+        elif isinstance(class_name, Sequence):
             self.names = _classes(class_name)
         else:
             msg = f"class_name must be a name, a list of names, or a mapping from folder to name, got {class_name!r}."

@@ -32,6 +32,7 @@ class Finding:
         heat: Path of the heatmap relative to the page's folder, see :func:`anomalib_clipad.page.write_heat_layer`.
         p_value: Share of normal images that score as high, in [0, 1].
         explanation: What the model says in words.
+        class_name: What the model has taken it for, where models may differ.
 
     Example:
         >>> Finding(0.73, raw="0.0812").heat is None
@@ -43,6 +44,7 @@ class Finding:
     heat: str | None = None
     p_value: float | None = None
     explanation: str | None = None
+    class_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,8 @@ def _data(images: Sequence[PageImage], threshold: float) -> dict[str, Any]:
 def _values(finding: Finding | None) -> list[Any] | None:
     if finding is None:
         return None
-    words = _text(finding.explanation) if finding.explanation else None
-    values = [_finite(finding.score), _text(finding.raw), _url(finding.heat), _finite(finding.p_value), words]
+    words, name = (_text(said) if said else None for said in (finding.explanation, finding.class_name))
+    values = [_finite(finding.score), _text(finding.raw), _url(finding.heat), _finite(finding.p_value), words, name]
     while len(values) > 1 and values[-1] is None:
         values.pop()
     return values
