@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.data import ImageBatch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from anomalib_clipad import InputError
@@ -63,3 +64,15 @@ def test_a_region_that_cannot_be_used_is_named_before_the_first_job(tmp_path: Pa
         CompareJobGenerator("cpu").generate_jobs({"models": ["ClipAdSdp"], "data": [data]})
     with pytest.raises(InputError, match="takes the keys class_path, init_args, name, got region"):
         CompareJobGenerator("cpu").generate_jobs({"models": [{**data, "class_path": "ClipAdSdp"}], "images": "x"})
+
+
+def test_a_mask_of_another_shape_than_the_pictures_is_one_sentence_for_any_model(
+    category: Path, tmp_path: Path
+) -> None:
+    """Also for a model that knows no region, and is only measured there."""
+    Image.new("L", (20, 40), 255).save(tmp_path / "region.png")
+    more = {"name": "widget", "root": str(category), "val_split_mode": "same_as_test", "num_workers": 0}
+    data = {"class_path": "Folder", "init_args": {**LAYOUT, **more}, "region": str(tmp_path / "region.png")}
+    model = {"class_path": "Padim", "init_args": {"backbone": "resnet18", "layers": ["layer1"], "pre_trained": False}}
+    row = CompareJob(model, data, None, 0, 32, tmp_path / "out", "cpu", ["image_AUROC"]).run()
+    assert "is a mask of 40 x 20 pixels, and" in row["error"]

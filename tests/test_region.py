@@ -355,20 +355,30 @@ def test_a_region_that_cannot_be_used_is_named_in_a_sentence(
         ClipAdSdp(backbone=small_clip, region=region)
 
 
-@pytest.mark.parametrize("of", ["pictures", "references"])
-def test_a_mask_of_another_shape_is_refused_before_anything_is_scored(
-    of: str, small_clip: str, image_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("of", ["last", "reference", "none"])
+def test_a_picture_of_another_shape_than_the_mask_is_named_before_any_is_scored(
+    of: str, small_clip: str, tmp_path: Path
 ) -> None:
-    good = tmp_path / "good"
-    good.mkdir()
-    Image.new("RGB", (60, 60)).save(good / "a.png")
-    shape, data, source = ((50, 50), image_folder, None) if of == "pictures" else ((40, 60), image_folder, good)
-    region = write_mask(tmp_path / "region.png", np.ones(shape, dtype=bool))
-    model = ClipAdSdp("nut", small_clip, region=region, few_shot_source=source)
-    with pytest.raises(InputError, match=f"is a mask of {shape[0]} x {shape[1]} pixels, and the pictures have"):
-        new_engine(tmp_path).predict(model, data_path=data)
-    model = ClipAdSdp("nut", small_clip, region=write_mask(tmp_path / "region.png", np.ones((400, 601), dtype=bool)))
-    new_engine(tmp_path).predict(model, data_path=image_folder)  # larger, and of the same shape but for rounding
+    """Of the same shape it may be larger or smaller: the mask follows."""
+    pictures, references = tmp_path / "pictures", tmp_path / "references"
+    for root, last in ((pictures, "last"), (references, "reference")):
+        root.mkdir()
+        for name, size in (("a.png", (60, 40)), ("b.png", (121, 80)), ("c.png", (50, 50) if of == last else (30, 20))):
+            Image.new("RGB", size).save(root / name)
+    (pictures / "broken.png").write_text("no picture")
+    region = write_mask(tmp_path / "region.png", inside_box((400, 600), [0.0, 0.0, 0.5, 1.0]))
+    model = ClipAdSdp("nut", small_clip, region=region, few_shot_source=references)
+    if of == "none":
+        batches = new_engine(tmp_path).predict(model, data_path=pictures)
+        assert len(batches) == 3
+        assert all(torch.equal(batch.region, batches[0].region) for batch in batches)
+        return
+    wrong = {"last": pictures, "reference": references}[of] / "c.png"
+    with pytest.raises(
+        InputError, match=f"is a mask of 400 x 600 pixels, and {wrong} has 50 x 50, .* keep pictures of"
+    ):
+        new_engine(tmp_path).predict(model, data_path=pictures)
+    assert not list(tmp_path.rglob("predictions.csv"))
 
 
 def test_a_mask_follows_the_automatic_size(small_clip: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from anomalib_clipad.compare.scale import Scale
 from anomalib_clipad.components import Region
 from anomalib_clipad.components.defect_words import UNSPECIFIED
 from anomalib_clipad.data.inside import cut_ground_truth
+from anomalib_clipad.data.picture_shape import check_pictures
 from anomalib_clipad.engine.defect_naming import NOT_CALLED, UNKNOWN
 from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, paper_metrics
 from anomalib_clipad.engine.naming_metrics import NAMING_FIELDS
@@ -65,6 +66,7 @@ class CompareEvaluator(Evaluator):
         self.measured: list[Any] = [metric for metric in paper_metrics() if metric.name in metrics]
         super().__init__(test_metrics=self.measured)
         self.map_size = (map_size, map_size)
+        self.given_region = region
         self.region = None if region is None else torch.from_numpy(region.inside(self.map_size))
         self.all_paths: list[str] = []
         self.mask_paths: dict[str, str] = {}
@@ -85,10 +87,11 @@ class CompareEvaluator(Evaluator):
         self.validated = 0
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the masks' files up; a batch loses them when it begins with a normal image."""
+        """Look the masks' files up, which a batch loses when it begins with a normal image; refuse other shapes."""
         del pl_module
         samples = cast("Any", trainer).datamodule.test_data.samples  # which Lightning does not declare
         self.all_paths = [str(path) for path in samples.image_path]
+        check_pictures(self.given_region, self.all_paths)
         if "mask_path" in samples:
             self.mask_paths = dict(zip(self.all_paths, map(str, samples.mask_path), strict=True))
 

@@ -82,19 +82,25 @@ class Region:
             raise InputError(msg)
         return inside
 
-    def check_shape(self, height: int, width: int) -> None:
-        """Refuse pictures of another shape than the mask's.
+    def check_shape(self, path: str, height: int, width: int) -> None:
+        """Refuse a picture of another shape than the mask's; of the same shape it may be larger or smaller.
+
+        Args:
+            path: Its file.
+            height: Its height in pixels.
+            width: Its width in pixels.
 
         Raises:
-            InputError: If they are; boxes fit pictures of any shape.
+            InputError: If its shape is another one; boxes fit pictures of any shape.
         """
         if self.mask is None:
             return
         rows, columns = self.mask.shape
         if abs(math.log(rows * width / (columns * height))) > TOLERANCE:
             msg = (
-                f"{self.name} is a mask of {rows} x {columns} pixels, and the pictures have {height} x {width}; give a "
-                "mask of the pictures' shape."
+                f"{self.name} is a mask of {rows} x {columns} pixels, and {path} has {height} x {width}, which is "
+                "another shape; keep pictures of each shape in a folder with a mask of their own, or give boxes "
+                f"{BOX} in fractions."
             )
             raise InputError(msg)
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 from anomalib.data import AnomalibDataModule
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
-from PIL import Image
 
 from anomalib_clipad.components.image_size import AUTO
+from anomalib_clipad.data.picture_shape import picture_shape
 from anomalib_clipad.data.readable import ReadableDataset
 from anomalib_clipad.engine.checkpoint_parts import damaged
 from anomalib_clipad.engine.host import datamodule_of, datasets_in, datasets_of
@@ -150,10 +150,6 @@ def shape_of_first_picture(datasets: Iterable[Any]) -> tuple[int, int] | None:
                 f"the pictures' width over their height, such as {AUTO}:1.5."
             )
             raise InputError(msg)
-        for path in paths:
-            try:
-                with Image.open(path) as picture:  # only the header is read
-                    return picture.size[::-1]
-            except Exception:  # noqa: BLE001, S112 - whatever a file's bytes make a decoder raise; the run will name it
-                continue
+        if (shape := next(filter(None, map(picture_shape, paths)), None)) is not None:
+            return shape
     return None

@@ -1,12 +1,14 @@
 """``region``: what of the pictures is looked at; its mask is to fit the pictures."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_clipad.engine.automatic_size import shape_of_first_picture
+from anomalib_clipad.data.picture_shape import check_pictures
+from anomalib_clipad.data.readable import ReadableDataset
 from anomalib_clipad.engine.host import datasets_of
 from anomalib_clipad.engine.network import ZeroShotNetwork
 
@@ -22,20 +24,12 @@ class RegionMixin(_Module):
     model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
 
     def setup(self, stage: str) -> None:
-        """Look at the first picture of each data set."""
+        """Look at the shape of every picture of the run."""
         super().setup(stage)
         if self.trainer.state.fn != TrainerFn.FITTING:
             self.check_region(datasets_of(self.trainer))
 
     def check_region(self, datasets: Iterable[Any]) -> None:
-        """Refuse data sets whose pictures have another shape than the region's mask.
-
-        Raises:
-            InputError: If their first picture has.
-        """
-        region = self.model.region.given
-        if region is None or region.mask is None:
-            return
-        for dataset in datasets:
-            if (shape := shape_of_first_picture([dataset])) is not None:
-                region.check_shape(*shape)
+        """See :func:`anomalib_clipad.data.picture_shape.check_pictures`; pictures without a file have no shape yet."""
+        paths = chain.from_iterable(ReadableDataset(dataset).image_paths() for dataset in datasets)
+        check_pictures(self.model.region.given, paths)
