@@ -72,14 +72,16 @@ def test_a_comparison_says_of_each_image_what_test_says(
         assert ours.loc[ours["class"] == own, "threshold"].to_numpy() == pytest.approx(thresholds[number])
     row = next(row for row in rows if row["model"] == name)
     kept = read_kept(output, rows)[row["key"]]
-    for batch in engine.predict(model, dataloaders=data(mixed, eval_batch_size=16).test_dataloader()):
+    again = data(mixed)
+    again.setup()
+    for batch in engine.predict(model, dataloaders=again.test_dataloader()):
         for path, anomaly_map in zip(batch.image_path, batch.anomaly_map, strict=True):
             levels = np.asarray(Image.open(kept.images[path].heat), dtype=float) / 254
             np.testing.assert_allclose(levels, anomaly_map.clamp(0, 1).numpy(), atol=0.01)
 
 
 def test_report_page_and_pictures_name_the_class(compared: tuple[Path, list[dict]]) -> None:
-    output, rows = compared
+    output, _ = compared
     table = pd.read_csv(output / "predictions.csv")
     report = (output / "report.md").read_text()
     lines = report.split("### Classes")[1].split("\n## ")[0]

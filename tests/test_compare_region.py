@@ -73,6 +73,7 @@ def test_a_mask_of_another_shape_than_the_pictures_is_one_sentence_for_any_model
     Image.new("L", (20, 40), 255).save(tmp_path / "region.png")
     more = {"name": "widget", "root": str(category), "val_split_mode": "same_as_test", "num_workers": 0}
     data = {"class_path": "Folder", "init_args": {**LAYOUT, **more}, "region": str(tmp_path / "region.png")}
-    model = {"class_path": "Padim", "init_args": {"backbone": "resnet18", "layers": ["layer1"], "pre_trained": False}}
+    small = {"backbone": "resnet18", "layers": ["layer1"], "pre_trained": False, "n_features": 4}
+    model = {"class_path": "Padim", "init_args": small}
     row = CompareJob(model, data, None, 0, 32, tmp_path / "out", "cpu", ["image_AUROC"]).run()
     assert "is a mask of 40 x 20 pixels, and" in row["error"]

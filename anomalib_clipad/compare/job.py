@@ -31,7 +31,7 @@ from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.naming import figures_of_job
 from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
-from anomalib_clipad.compare.scale import Scale, Scales, choose_scales
+from anomalib_clipad.compare.scale import Scales, choose_scales
 from anomalib_clipad.compare.settings import model_class, short_class
 from anomalib_clipad.compare.shots import take
 from anomalib_clipad.components import Region
@@ -224,7 +224,7 @@ class CompareJob(Job):
                 "versions": inputs["versions"],
                 "inputs": inputs,
             }
-            table = evaluator.table(_map_scales(scales, evaluator))
+            table = evaluator.table(scales.maps_of(evaluator.classes))
             row |= figures_of_job(evaluator.vocabulary, table)
             self._keep(evaluator, scales, table)
         return row
@@ -248,7 +248,9 @@ class CompareJob(Job):
         shown = choose_examples(evaluator.paths, evaluator.labels)
         both = extremes(evaluator.paths, evaluator.labels, evaluator.scores)
         masks = {path: evaluator.stream.mask(numbers[path]) for path in (*shown, *both) if path is not None}
-        job_files.write_heat(self.file, heat_layers(evaluator.stream, order, _map_scales(scales, evaluator), self.tell))
+        job_files.write_heat(
+            self.file, heat_layers(evaluator.stream, order, scales.maps_of(evaluator.classes), self.tell)
+        )
         job_files.write_masks(self.file, {path: mask for path, mask in masks.items() if mask is not None})
         job_files.write_images(self.file, table)
 
@@ -291,11 +293,6 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, reg
         # Folder has no category, and some zero-shot models would then prompt for nothing.
         model.class_name = data.category or data.name
     return model
-
-
-def _map_scales(scales: Scales, evaluator: CompareEvaluator) -> list[Scale]:
-    """The scale of each image's map."""
-    return [scales.of(name).map for name in evaluator.classes]
 
 
 def _no_loaders() -> list[object]:

@@ -137,7 +137,7 @@ def _class_lines(done: pd.DataFrame, judged: pd.DataFrame, kept: Mapping[str, Ke
     if len(counts := confusion(several, by)):
         found = found.join(counts.reindex(found.index, fill_value=0))
     table = _table(found.reset_index().set_index("model"))
-    return ["### Classes", "", "0.5 is the threshold of the image's class, here in the model's own unit.", "", table, ""]
+    return ["### Classes", "", "0.5 is the threshold of the image's class, here in the model's unit.", "", table, ""]
 
 
 def _naming_lines(found: list[Naming], drawn: set[str]) -> list[str]:

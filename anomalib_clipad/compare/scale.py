@@ -6,7 +6,7 @@ a scale for each, on which 0.5 is the class's own threshold.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -91,6 +91,10 @@ class Scales:
     def of(self, class_name: str | None) -> "Scales":
         """The scales of an image of a class, which may not be known."""
         return self.of_class.get(class_name or "", self)
+
+    def maps_of(self, class_names: Iterable[str | None]) -> list[Scale]:
+        """The scale of each image's map, from the images' classes."""
+        return [self.of(name).map for name in class_names]
 
     def row(self) -> dict[str, Any]:
         """For a job's row."""
