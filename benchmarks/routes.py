@@ -229,7 +229,7 @@ def measure(
                 )
 
 
-def lines(backbone: str, batch_sizes: list[int], rounds: int) -> Iterator[Line]:
+def lines(backbone: str, batch_sizes: list[int], rounds: int = 11) -> Iterator[Line]:
     """The eager route's ratios and their limit, with all kernels of the CPU."""
     for one in measure(backbone, batch_sizes, rounds, only_eager=True):
         detail = f"batch {one.batch}: {1000 * one.seconds:.0f} ms an image, {one.share:.0%} of the matrix rate"
