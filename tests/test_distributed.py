@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 ARGUMENTS: dict[str, dict] = {
     "plain": {},
     "reference": {"k_shot": 1, "false_alarm_rate": 0.3},
-    "tiles": {"image_size": (48, 64), "tile_size": 32, "tile_batch_size": 3},
+    "tiles": {"image_size": (48, 64), "tile_size": 32, "tile_batch_size": 3, "region": [0.0, 0.0, 0.8, 1.0]},
 }
 SCRIPT = """
 import sys
