@@ -117,4 +117,6 @@ def test_several_names_where_they_cannot_be_are_one_sentence(mixed: Path, small_
     config = configuration(mixed, tmp_path, small_clip, shots=[2])
     with pytest.raises(InputError, match="listed takes k_shot normal images of each class"):
         CompareJobGenerator("cpu").generate_jobs(config)
-    config["models"] = [{"class_path": "Padim", "init_args": {"class_name": NAMES}}]
+    winclip = {"class_path": "WinClip", "init_args": {"class_name": NAMES}}
+    (job,) = CompareJobGenerator("cpu").generate_jobs({**config, "models": [winclip], "shots": None})
+    assert "WinClip takes one name as class_name, got ['plate', 'tile']; compare" in job.run()["error"]

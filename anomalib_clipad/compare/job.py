@@ -284,10 +284,11 @@ def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, reg
     kind = model_class(config["class_path"])
     if region is not None and kind is not None and "region" in inspect.signature(kind).parameters:
         config = {**config, "init_args": {**config.get("init_args", {}), "region": region}}
-    model: Any = get_model(dict(config))
-    if not isinstance(name := getattr(model, "class_name", None), str | None) and not hasattr(model, "products"):
+    name = (config.get("init_args") or {}).get("class_name")
+    if not isinstance(name, str | None) and not hasattr(kind, "products"):
         msg = f"{short_class(config['class_path'])} takes one name as class_name, got {name!r}; compare by category."
         raise InputError(msg)
+    model: Any = get_model(dict(config))
     model.evaluator = model.visualizer = model.table = model.page = model.original_maps = None
     if getattr(model, "class_name", "") is None and data is not None:
         # Folder has no category, and some zero-shot models would then prompt for nothing.

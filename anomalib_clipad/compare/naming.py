@@ -143,6 +143,6 @@ def naming_remarks(found: Sequence[Naming]) -> list[str]:
 
     Example:
         >>> naming_remarks([Naming("SDP", ("nut",), ("dent", "hole"), ("dent",), ("dent",))])
-        ['Attribution, not diagnosis: SDP, 1 anomalous images named: accuracy 100.0 % (chance 50.0 %, ...']
+        ['Attribution, not diagnosis: SDP, 1 anomalous image named: accuracy 100.0 % (chance 50.0 %, ...']
     """
     return [printable(f"Attribution, not diagnosis: {one.title}, {one.figures}.") for one in found]

@@ -56,7 +56,8 @@ class NamingFigures(NamedTuple):
 
     def __str__(self) -> str:
         right, chance, frequent = (f"{100 * share:.1f} %" for share in (self.accuracy, self.chance, self.most_frequent))
+        images = f"{self.images} anomalous image{'' if self.images == 1 else 's'}"
         return (
-            f"{self.images} anomalous images named: accuracy {right} (chance {chance}, most frequent {frequent}), "
+            f"{images} named: accuracy {right} (chance {chance}, most frequent {frequent}), "
             f"macro F1 {100 * self.macro_f1:.1f} %"
         )
