@@ -1,4 +1,4 @@
-"""How often words for defects are right, on the demonstration's textures and the demonstration backbone.
+"""How often words for defects, and choices among products, are right on the demonstration's textures and backbone.
 
     python benchmarks/defect_names.py
 
@@ -10,6 +10,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -92,8 +93,21 @@ def lines(backbone: str, rounds: int = 8) -> Iterator[Line]:
     )
 
 
+@torch.inference_mode()
+def chosen(model: ClipAdSdp, roots: list[Path]) -> dict[str, list[str]]:
+    """Which of the surfaces' names the model chooses for every test image, good and defective, by the true one."""
+    network, transform = model.model, model.pre_processor.transform
+    names = [root.name for root in roots]
+    network.set_classes(names, choose=True)
+    found = {}
+    for root in roots:
+        images = torch.stack([transform(read_image(path, as_tensor=True)) for path in sorted(root.glob("test/*/*"))])
+        found[root.name] = [names[number] for number in network.classes_of(images).tolist()]
+    return found
+
+
 def main() -> None:
-    """Print a table a set of surfaces."""
+    """Print a table a set of surfaces, and one of choices among the surfaces held out."""
     logging.disable(logging.WARNING)
     model = ClipAdSdp("object", "demo", defects=list(DEFECTS), visualizer=False).eval()
     with tempfile.TemporaryDirectory() as root:
@@ -114,6 +128,14 @@ def main() -> None:
                         given = sum(first - second >= margin for first, second in leads)
                         cells.append(f"{100 * result.accuracy:.0f} / {100 * result.macro_f1:.0f} / {given}")
                     print(f"| {references}, {region} ({result.images}) | " + " | ".join(cells) + " |", flush=True)
+        found_names = chosen(model, [Path(root) / name for name in HELD_OUT])
+    print(f"\nChoice among products; chance is {100 / len(HELD_OUT):.0f} %\n")
+    print("| surface | images | right | chosen instead |\n|---|---|---|---|")
+    for name, names in found_names.items():
+        others = Counter(other for other in names if other != name).most_common()
+        print(f"| {name} | {len(names)} | {names.count(name)} | {', '.join(f'{o} {n}' for o, n in others)} |")
+    total, right = (sum(counts) for counts in zip(*((len(n), n.count(k)) for k, n in found_names.items()), strict=True))
+    print(f"| all | {total} | {right} ({100 * right / total:.0f} %) | |")
 
 
 if __name__ == "__main__":
