@@ -72,6 +72,13 @@ def score(model: ClipAdSdp, images: torch.Tensor) -> Scores:
     return Scores(*map(torch.cat, zip(*(model.model.scores(batch)[:3] for batch in images.split(16)), strict=True)))
 
 
+def without(data: Images, index: int) -> Images:
+    """The same without a test image, which would find itself among the references."""
+    rest = np.arange(len(data.test)) != index
+    masks = None if data.masks is None else data.masks[rest]
+    return data._replace(test=data.test[torch.from_numpy(rest)], labels=data.labels[rest], masks=masks)
+
+
 def metrics(model: ClipAdSdp, data: Images) -> list[float]:
     """Image AUROC, pixel AUROC and pixel AP, in per cent."""
     prediction = model.model.predictions(score(model, data.test))
@@ -107,11 +114,12 @@ def shots(model: ClipAdSdp, data: Images) -> list[str]:
     for contaminated in (True, False):
         rows = []
         for order in draws(len(data.train)):
-            chosen = data.train[order[:8]].clone()
+            chosen, tested = data.train[order[:8]].clone(), data
             if contaminated:
-                chosen[0] = data.test[np.flatnonzero(data.labels)[int(order[0]) % data.labels.sum()]]
+                index = int(np.flatnonzero(data.labels)[int(order[0]) % data.labels.sum()])
+                chosen[0], tested = data.test[index], without(data, index)
             model.model.set_references(chosen.split(8), augment=not contaminated)
-            rows.append(metrics(model, data))
+            rows.append(metrics(model, tested))
         cells.append(mean(rows))
     return cells
 

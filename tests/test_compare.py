@@ -220,10 +220,21 @@ def test_published_figures_stand_beside_measured_ones(tmp_path: Path) -> None:
             "images_per_second": 1.0,
             "peak_memory_mib": 1.0,
             "key": "none",
+            **more,
         }
-        for name, kind in (("SDP", "ClipAdSdp"), ("WinCLIP", "WinClip"))
+        for name, kind, more in (
+            ("SDP", "ClipAdSdp", {"learning_type": "zero_shot"}),
+            ("SDP, 0 images", "ClipAdSdp", {"shots": 0, "family": "SDP", "seed": 0}),
+            ("SDP, good parts", "ClipAdSdp", {"learning_type": "few_shot"}),
+            ("PatchCore, 1 image", "Patchcore", {"shots": 1, "family": "PatchCore", "seed": 0}),
+            ("WinCLIP", "WinClip", {}),
+        )
     ]
     write_report(tmp_path, rows, published="MVTecAD")
     report = (tmp_path / "report.md").read_text()
     assert "| SDP | pixel F1-max | 30.0 | 35.9 |" in report
+    assert "| SDP, 0 images | pixel F1-max | 30.0 | 35.9 |" in report
     assert "| WinCLIP | pixel AUPRO | 60.0 | 64.6 |" in report
+    published = report.split("## Beside published figures")[1].split("## By category")[0]
+    assert "good parts" not in published, "published figures are of no normal image"
+    assert "PatchCore" not in published, "or of all of them"

@@ -200,7 +200,10 @@ def test_a_small_defect_counts_as_much_in_a_large_picture() -> None:
     network.set_references([images[:2]])
     scores: Scores = network.scores(images)
     area = round(0.1 * TILE[0] * TILE[1])
-    expected = scores.anomaly_map.flatten(1).sort(descending=True).values[:, :area].mean(dim=1)
+    whole = network._look(network.tiling.whole(images), network.references, None)
+    joined = network.tiling.join(whole, network._look_at_tiles(images, None))
+    units = network.reference_fusion.units(joined.text_map, joined.reference_map)[1]
+    expected = units.flatten(1).sort(descending=True).values[:, :area].mean(dim=1)
     torch.testing.assert_close(scores.map_score, expected)
 
 

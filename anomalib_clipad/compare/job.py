@@ -219,6 +219,7 @@ class CompareJob(Job):
                 "images_per_second": evaluator.images_per_second(model),
                 "peak_memory_mib": memory.peak_mib(),
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "learning_type": model.learning_type.value,
                 "device": torch.cuda.get_device_name() if self.accelerator == "cuda" else platform.machine(),
                 "scales": scales.row(),
                 "versions": inputs["versions"],

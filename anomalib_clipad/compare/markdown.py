@@ -39,8 +39,10 @@ def markdown(
         lines += ["- **{}**:{}".format(*line.split(":", 1)) for line in found]
         lines.append("")
     if "error" in table:
+        seeds = "seed" in table and table["seed"].nunique() > 1
         for _, row in table[table["error"].notna()].iterrows():
-            lines.append(f"- **Failed**: {row['model']} on {row['category']}: {row['error']}")
+            seed = f", seed {row['seed']}" if seeds else ""
+            lines.append(f"- **Failed**: {row['model']} on {row['category']}{seed}: {row['error']}")
         lines.append("")
     if skipped := skipped_images(done):
         lines += [
@@ -177,12 +179,14 @@ def _score(one: Kept, path: str) -> str:
 def _published(done: pd.DataFrame, means: pd.DataFrame, data: str | None) -> list[str]:
     if data not in PUBLISHED:
         return []
-    kinds = (
-        done.groupby("model", sort=False)["class"].first() if "class" in done else {name: name for name in means.index}
-    )
+    one = done.groupby("model", sort=False).first()
+    kinds = one["class"] if "class" in one else {name: name for name in means.index}
+    # The figures are of no normal image, or of all: those of a few are not to be compared with them.
+    few = {model for model, row in one.iterrows() if row.get("learning_type") == "few_shot" or row.get("shots", 0) > 0}
     rows = [
         {"model": model, "metric": METRICS[name], "measured": f"{100 * means.loc[model, name]:.1f}", "published": value}
         for model in means.index
+        if model not in few
         for name, value in PUBLISHED[data].get(kinds[model], {}).items()
         if name in means
     ]

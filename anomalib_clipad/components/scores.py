@@ -15,7 +15,7 @@ LOGIT_SCALE = 100.0  # CLIP's own temperature
 # Of images with references, see ReferenceFusion.
 LIMIT = 20.0  # units, which no map exceeds, however regular the normal images are
 LARGEST_SHARE = 0.1  # of a map's pixels, whose mean is the map's score
-TEXT_WEIGHT = 0.5  # of the text score beside the map's, both in units of the normal images
+TEXT_WEIGHT = 0.25  # of the text score beside the map's, both in units of the normal images
 LOGIT_BOUND = 1e-6  # text scores nearer to 0 or 1 count as this
 
 
@@ -194,14 +194,15 @@ class ReferenceFusion(Float32Buffers):
     """One map from two and one score from two, each in units of what it does on the normal images of its class.
 
     A value's unit is its standard deviation over the references, counted from its mean there. So a map that fires on
-    normal images too has less to say. No test statistics are used. Units and image score are ours; figures are
-    in ``benchmarks/references.md``.
+    normal images too has less to say. No test statistics are used. The map is the sum of both; the image score is made
+    of the reference map and the text score, as in WinCLIP+ (arXiv 2303.14814). Units, the share of a map that is looked
+    at, and the text score's weight are ours; figures are in ``benchmarks/references.md``.
 
     Example:
         >>> fusion = ReferenceFusion()
         >>> fusion.fit(torch.rand(4, 64), torch.rand(4, 64), torch.rand(4))
-        >>> anomaly_map = fusion.fuse_maps(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
-        >>> fusion.fuse_scores(torch.rand(2), fusion.map_score(anomaly_map.flatten(1))).shape
+        >>> text_units, reference_units = fusion.units(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
+        >>> fusion.fuse_scores(torch.rand(2), fusion.map_score(reference_units.flatten(1))).shape
         torch.Size([2])
     """
 
@@ -255,13 +256,14 @@ class ReferenceFusion(Float32Buffers):
         """Have no units, for so many classes from now on."""
         self.mean, self.std = self.mean.new_zeros(classes, 3), self.std.new_ones(classes, 3)
 
-    def fuse_maps(
+    def units(
         self, text_map: torch.Tensor, reference_map: torch.Tensor, class_index: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Sum of two maps (B, H, W) in their units u, each as u / (1 + abs(u) / 20): neither outvotes the other."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both maps (B, H, W) in their units u, each as u / (1 + abs(u) / 20): neither outvotes the other in a sum."""
         mean, std = (rows_of(values, class_index, dims=2)[..., :2] for values in (self.mean, self.std))
         units = (torch.stack([text_map, reference_map], dim=-1) - mean) / std
-        return (units / (1 + units.abs() / LIMIT)).sum(dim=-1)
+        text_units, reference_units = (units / (1 + units.abs() / LIMIT)).unbind(dim=-1)
+        return text_units, reference_units
 
     @staticmethod
     def map_score(values: torch.Tensor, area: int | None = None) -> torch.Tensor:
@@ -281,7 +283,7 @@ class ReferenceFusion(Float32Buffers):
     def fuse_scores(
         self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The image score, (B,): the map's score and half of the text score's logit in its unit."""
+        """The image score, (B,): the reference map's score and a quarter of the text score's logit in its unit."""
         mean, std = (rows_of(values, class_index)[..., 2] for values in (self.mean, self.std))
         return map_score + TEXT_WEIGHT * (_logit(text_score) - mean) / std
 

@@ -301,9 +301,9 @@ class ClipAdSdpModel(FewShotNetwork):
         if reference_map is None:
             map_score = self.region.values(text_map).amax(dim=1)
             return Scores(self.region.cut(text_map), text, map_score, evidence, class_index)
-        anomaly_map = self.reference_fusion.fuse_maps(text_map, reference_map, class_index)
-        map_score = self.reference_fusion.map_score(self.region.values(anomaly_map), math.prod(self.view_size))
-        return Scores(self.region.cut(anomaly_map), text, map_score, evidence, class_index)
+        text_units, reference_units = self.reference_fusion.units(text_map, reference_map, class_index)
+        map_score = self.reference_fusion.map_score(self.region.values(reference_units), math.prod(self.view_size))
+        return Scores(self.region.cut(text_units + reference_units), text, map_score, evidence, class_index)
 
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """The map of a batch before smoothing, (B, H, W)."""
