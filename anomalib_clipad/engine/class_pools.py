@@ -1,22 +1,22 @@
 """Thresholds of each of several classes, from its own images where they are enough, else from all of them together."""
 
 import logging
-from copy import deepcopy
 from itertools import product
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from anomalib.data import Batch
 from anomalib.data.utils import ValSplitMode
+from anomalib.metrics import F1AdaptiveThreshold, MinMax
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
-from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_clipad.components.conformal import p_values
 from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
-from anomalib_clipad.data.inside import inside_only
 from anomalib_clipad.engine.class_limits import KEYS, LEVELS, ClassLimits
 from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -137,11 +137,10 @@ class ClassPoolsMixin(_PostProcessor):
 
     good_scores: torch.Tensor
     of_class: ClassLimits
-    _pixels: dict[int, tuple[Metric, Metric]]  # threshold and range of the maps of each class
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the post-processor's
         super().__init__(*args, **kwargs)
-        self.of_class, self._pixels = ClassLimits(), {}
+        self.of_class = ClassLimits()
 
     def set_from(
         self,
@@ -162,19 +161,29 @@ class ClassPoolsMixin(_PostProcessor):
         """
         raise NotImplementedError
 
-    def update_pixels_of_classes(self, outputs: ZeroShotBatch, class_index: torch.Tensor) -> None:
-        """Collect the maps of a validation batch, class by class."""
-        for number in class_index.unique().tolist():
-            if number not in self._pixels:
-                self._pixels[number] = deepcopy((self._pixel_threshold_metric, self._pixel_min_max_metric))
-                for metric in self._pixels[number]:
-                    metric.reset()
-            rows = class_index == number
-            values = {name: getattr(outputs, name) for name in ("anomaly_map", "gt_mask", "region")}
-            own = {name: None if value is None else value[rows] for name, value in values.items()}
-            threshold, extent = self._pixels[number]
-            threshold.update(inside_only(SimpleNamespace(**own), self._pixel_threshold_metric.fields))
-            extent.update(SimpleNamespace(**own))
+    def _pixels(self, images: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(images, n) map values inside the region, of all processes, and their ground truth, where there is any.
+
+        Of the metric that has collected them: every image has as many pixels as any other, and torchmetrics joins what
+        the processes have in one order.
+        """
+        metric = self._pixel_threshold_metric
+        if not images or not metric.update_called:
+            return None
+        with metric.sync_context():
+            maps, masks = (dim_zero_cat(values).reshape(images, -1) for values in (metric.preds, metric.target))
+        return maps, masks
+
+    def _metrics_of(self, own: torch.Tensor, pixels: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Let threshold and range of the maps be those of some images, all of which this process knows."""
+        fields = ("anomaly_map", "gt_mask")
+        self._pixel_threshold_metric = F1AdaptiveThreshold(fields, strict=False, sync_on_compute=False)
+        self._pixel_min_max_metric = MinMax(fields[:1], strict=False, sync_on_compute=False)
+        if pixels is not None and own.any():
+            maps, masks = (values[own] for values in pixels)
+            batch = cast("Batch", SimpleNamespace(anomaly_map=maps, gt_mask=masks))
+            self._pixel_threshold_metric.update(batch)
+            self._pixel_min_max_metric.update(batch)
 
     def set_pools(self, network: ZeroShotNetwork, everything: Pool, trainer: Trainer | None) -> None:
         """Set what all images have in common, and, where there are several classes, what each class has of its own."""
@@ -185,6 +194,7 @@ class ClassPoolsMixin(_PostProcessor):
         pools = [everything.of(number) for number in range(len(names))]
         few = [number for number, pool in enumerate(pools) if pool.normal_images < LEAST]
         before = self.of_class.values.clone() if self.of_class.known else torch.full((len(names), 6), torch.nan)
+        pixels = self._pixels(len(everything.labels))
         self.set_from(network, everything, trainer, of="all classes together" if few else None)
         shared, shared_good = self._values(), self.good_scores
         self.of_class.take(shared, shared_good, len(names))
@@ -200,12 +210,12 @@ class ClassPoolsMixin(_PostProcessor):
                 continue
             self._take_values(before[number])
             self.good_scores = shared_good[:0]
-            self._pixel_threshold_metric, self._pixel_min_max_metric = self._pixels.get(number, both)  # type: ignore[assignment]  # copies of them
+            self._metrics_of(everything.classes[len(everything.normal) :] == number, pixels)
             self.set_from(network, pools[number], trainer, number, of=repr(name))
             self.of_class.take(self._values(), self.good_scores, len(names), number)
         self._pixel_threshold_metric, self._pixel_min_max_metric = both
         self._take_values(shared)
-        self.good_scores, self._pixels = shared_good, {}
+        self.good_scores = shared_good
 
     def _own(self) -> list[torch.Tensor]:
         """The scalars of one class, in the order of :class:`ClassLimits`."""

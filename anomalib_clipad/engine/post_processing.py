@@ -127,7 +127,6 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         inside = inside_only(outputs, self._pixel_threshold_metric.fields)
         if len(cast("ZeroShotNetwork", pl_module.model).class_names) > 1:
             self._classes.update(classes_of(outputs))
-            self.update_pixels_of_classes(outputs, classes_of(outputs))
         self._pixel_threshold_metric.update(inside)
         self._pixel_min_max_metric.update(outputs)
 
