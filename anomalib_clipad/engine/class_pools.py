@@ -185,8 +185,17 @@ class ClassPoolsMixin(_PostProcessor):
             self._pixel_threshold_metric.update(batch)
             self._pixel_min_max_metric.update(batch)
 
-    def set_pools(self, network: ZeroShotNetwork, everything: Pool, trainer: Trainer | None) -> None:
-        """Set what all images have in common, and, where there are several classes, what each class has of its own."""
+    def set_pools(
+        self, network: ZeroShotNetwork, everything: Pool, trainer: Trainer | None, more_follow: bool = False
+    ) -> None:
+        """Set what all images have in common, and, where there are several classes, what each class has of its own.
+
+        Args:
+            network: What has scored the images.
+            everything: The images.
+            trainer: The run's, if they are validation images.
+            more_follow: Whether validation images follow, so that a class may get enough.
+        """
         names = network.class_names
         if len(names) < 2:
             self.set_from(network, everything, trainer)
@@ -201,12 +210,12 @@ class ClassPoolsMixin(_PostProcessor):
         both = self._pixel_threshold_metric, self._pixel_min_max_metric
         for number, name in enumerate(names):
             if number in few:
-                logger.warning(
-                    "%r has %d normal images, and thresholds of its own take %d; it has those of all classes together.",
-                    name,
-                    pools[number].normal_images,
-                    LEAST,
+                count = pools[number].normal_images
+                words = (
+                    "%r has %d normal image%s, and thresholds of its own take %d; it has those of all classes together."
                 )
+                if not more_follow:
+                    logger.warning(words, name, count, "" if count == 1 else "s", LEAST)
                 continue
             self._take_values(before[number])
             self.good_scores = shared_good[:0]
