@@ -11,6 +11,7 @@ from anomalib.data.utils import ValSplitMode
 from anomalib.metrics import F1AdaptiveThreshold, MinMax
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
+from torchmetrics.aggregation import CatMetric
 from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_clipad.components.conformal import p_values
@@ -141,6 +142,7 @@ class ClassPoolsMixin(_PostProcessor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the post-processor's
         super().__init__(*args, **kwargs)
         self.of_class = ClassLimits()
+        self._classes, self._pixel_classes = CatMetric(), CatMetric()  # of all validation images; of those with masks
 
     def set_from(
         self,
@@ -161,26 +163,33 @@ class ClassPoolsMixin(_PostProcessor):
         """
         raise NotImplementedError
 
-    def _pixels(self, images: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(images, n) map values inside the region, of all processes, and their ground truth, where there is any.
+    def collect_classes(self, outputs: ZeroShotBatch) -> None:
+        """Remember the classes of a validation batch's images."""
+        self._classes.update(classes_of(outputs))
+        if outputs.gt_mask is not None:
+            self._pixel_classes.update(classes_of(outputs))
+
+    def _pixels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Map values inside the region, (images, n), their ground truth, and the images' classes, of all processes.
 
         Of the metric that has collected them: every image has as many pixels as any other, and torchmetrics joins what
-        the processes have in one order.
+        the processes have in one order. Nothing where there is no ground truth.
         """
         metric = self._pixel_threshold_metric
-        if not images or not metric.update_called:
+        if not self._pixel_classes.update_called:
             return None
+        classes = self._pixel_classes.compute().reshape(-1)
         with metric.sync_context():
-            maps, masks = (dim_zero_cat(values).reshape(images, -1) for values in (metric.preds, metric.target))
-        return maps, masks
+            maps, masks = (dim_zero_cat(values).reshape(len(classes), -1) for values in (metric.preds, metric.target))
+        return maps, masks, classes
 
-    def _metrics_of(self, own: torch.Tensor, pixels: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """Let threshold and range of the maps be those of some images, all of which this process knows."""
+    def _metrics_of(self, number: int, pixels: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None) -> None:
+        """Let threshold and range of the maps be those of a class, all of whose images this process knows."""
         fields = ("anomaly_map", "gt_mask")
         self._pixel_threshold_metric = F1AdaptiveThreshold(fields, strict=False, sync_on_compute=False)
         self._pixel_min_max_metric = MinMax(fields[:1], strict=False, sync_on_compute=False)
-        if pixels is not None and own.any():
-            maps, masks = (values[own] for values in pixels)
+        if pixels is not None and (pixels[-1] == number).any():
+            maps, masks, _ = (values[pixels[-1] == number] for values in pixels)
             batch = cast("Batch", SimpleNamespace(anomaly_map=maps, gt_mask=masks))
             self._pixel_threshold_metric.update(batch)
             self._pixel_min_max_metric.update(batch)
@@ -203,7 +212,7 @@ class ClassPoolsMixin(_PostProcessor):
         pools = [everything.of(number) for number in range(len(names))]
         few = [number for number, pool in enumerate(pools) if pool.normal_images < LEAST]
         before = self.of_class.values.clone() if self.of_class.known else torch.full((len(names), 6), torch.nan)
-        pixels = self._pixels(len(everything.labels))
+        pixels = self._pixels()
         self.set_from(network, everything, trainer, of="all classes together" if few else None)
         shared, shared_good = self._values(), self.good_scores
         self.of_class.take(shared, shared_good, len(names))
@@ -219,7 +228,7 @@ class ClassPoolsMixin(_PostProcessor):
                 continue
             self._take_values(before[number])
             self.good_scores = shared_good[:0]
-            self._metrics_of(everything.classes[len(everything.normal) :] == number, pixels)
+            self._metrics_of(number, pixels)
             self.set_from(network, pools[number], trainer, number, of=repr(name))
             self.of_class.take(self._values(), self.good_scores, len(names), number)
         self._pixel_threshold_metric, self._pixel_min_max_metric = both

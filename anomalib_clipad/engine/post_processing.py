@@ -89,7 +89,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         # to the classes at hand as the thresholds do.
         self.register_buffer("normal", torch.empty(0, 5))
         self.register_buffer("normal_class", torch.empty(0))  # (n,) their classes, where there are several
-        self._validated, self._labels, self._classes = CatMetric(), CatMetric(), CatMetric()
+        self._validated, self._labels = CatMetric(), CatMetric()
         self._given: list[torch.Tensor] = []  # labels of this run
 
     def set_from_normal(
@@ -130,7 +130,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         self._labels.update(outputs.gt_label)
         inside = inside_only(outputs, self._pixel_threshold_metric.fields)
         if len(cast("ZeroShotNetwork", pl_module.model).class_names) > 1:
-            self._classes.update(classes_of(outputs))
+            self.collect_classes(outputs)
         self._pixel_threshold_metric.update(inside)
         self._pixel_min_max_metric.update(outputs)
 
@@ -145,7 +145,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         if self._classes.update_called:
             classes = torch.cat([classes, self._classes.compute().reshape(-1).long()])
         self.set_pools(network, Pool(summary, labels, self.normal.to(summary), classes), trainer)
-        for name in ("_validated", "_labels", "_classes", *METRICS):
+        for name in ("_validated", "_labels", "_classes", "_pixel_classes", *METRICS):
             getattr(self, name).reset()
 
     def set_from(
