@@ -23,16 +23,21 @@ for path in (arguments.model, *arguments.pictures):
 arguments.output.mkdir(parents=True, exist_ok=True)
 session = onnxruntime.InferenceSession(arguments.model)
 names = [output.name for output in session.get_outputs()]
-words = json.loads(session.get_modelmeta().custom_metadata_map.get("defects", "[]"))
+facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+words, classes = facts.get("defects", []), facts.get("class_names", [])
 for number, path in enumerate(arguments.pictures):
     picture = Image.open(path).convert("RGB")
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)[None] / 255  # any size: the model resizes
     found = dict(zip(names, session.run(names, {"input": pixels}), strict=True))
     label, score, marked = found["pred_label"][0], found["pred_score"][0], found["pred_mask"].mean()
     more = f", p-value {found['p_value'][0]:.3f}" if "p_value" in found else ""
+    chosen = int(found["class_index"][0]) if "class_index" in found else 0
     if label and words:  # attribution, not diagnosis
-        shares = zip(words, found["defect_probabilities"][0], strict=True)
-        more += "".join(f", {word} {share:.2f}" for word, share in shares)
+        numbers = facts.get("class_of_defect", [0] * len(words))
+        shares = zip(words, numbers, found["defect_probabilities"][0], strict=True)
+        more += "".join(f", {word} {share:.2f}" for word, number, share in shares if number == chosen)
+    if classes:
+        more += f", of class {classes[chosen]}"
     print(f"{path}: {'anomalous' if label else 'normal'}, score {score:.3f}, {marked:.1%} of it marked{more}")
     heatmap = Image.fromarray((255 * found["anomaly_map"][0]).astype(np.uint8)).resize(picture.size)
     heatmap.save(arguments.output / f"{number:03d}_{path.stem}.png")  # pictures of two folders can share a name

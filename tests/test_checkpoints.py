@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.engine import Engine
+from anomalib.models import get_model
+from jsonargparse import Namespace
 from safetensors.torch import save_file
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 from anomalib_clipad.data import DemoTextures
 
 from . import conftest
-from .conftest import new_engine, save_clip
+from .conftest import build_model, new_engine, save_clip, write_good
 
 folder = partial(conftest.folder, eval_batch_size=4)
 DATA = Path(__file__).parent / "data/checkpoints"
@@ -55,6 +57,41 @@ def test_a_checkpoint_of_version_0_1_gives_the_same_scores(
         assert batch.pred_label.item() is label
         assert batch.pred_mask.float().mean().item() == pytest.approx(area, abs=1e-3)
     assert model.model.class_names == ("linen",)
+
+
+@pytest.mark.parametrize("kind", [ClipAdSdp, ClipAdSdpPlus])
+def test_a_model_from_a_configuration_has_a_checkpoint_that_is_read_as_weights_only(
+    kind: type[ClipAdSdp], small_clip: str, tmp_path: Path
+) -> None:
+    """anomalib hands on containers of OmegaConf, and of jsonargparse where the configuration has its."""
+    given = {
+        "class_name": {"b": "plate", "n": "tile"},
+        "layers": [1, 2, 3, 4],
+        "rvs": {"method": "mean_shift"},
+        "prompts": {"normal_states": ["{}"], "anomalous_states": ["bad {}"], "templates": ["a {}.", "the {}."]},
+        "image_size": [32, 48],
+        "tile_size": [32, 32],
+        "region": [[0.0, 0.0, 0.8, 1.0], [0.5, 0.0, 1.0, 1.0]],
+        "reference_layers": [2, 3],
+        "defects": {"plate": ["dent", "hole"], "tile": ["crack", "stain"]},
+    }
+    build_model(kind.__name__, small_clip, tmp_path)  # writes layers
+    adapter = {"adapter": str(tmp_path / "adapter.safetensors")} if kind is ClipAdSdpPlus else {}
+    more = {"backbone": small_clip, "visualizer": False, **adapter}
+    models = (
+        get_model({"class_path": kind.__name__, "init_args": {**given, **more}}),
+        kind(**{**given, **more, "defects": Namespace(**given["defects"])}),
+    )
+    picture = write_good(tmp_path / "b", 1)
+    for number, model in enumerate(models):
+        engine, path = new_engine(tmp_path / "run"), tmp_path / f"{number}.ckpt"
+        engine.predict(model, data_path=picture)
+        engine.trainer.save_checkpoint(path)
+        kept = torch.load(path, weights_only=True)["hyper_parameters"]
+        assert {key: kept[key] for key in given} == given
+        again = kind.load_from_checkpoint(path)
+        assert {key: again.hparams[key] for key in given} == given
+        assert again.model.class_names == ("plate", "tile")
 
 
 def checkpoint(engine: Engine) -> Path:

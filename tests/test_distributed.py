@@ -12,6 +12,9 @@ from anomalib_clipad.engine.table import NAME
 
 from .conftest import ROOT, ROUNDING, auxiliary, folder, new_engine, run_command, state
 from .test_page import paths_of
+from .test_products import mixed
+
+__all__ = ["mixed"]  # a fixture
 
 pytestmark = pytest.mark.slow
 ARGUMENTS: dict[str, dict] = {
@@ -19,6 +22,8 @@ ARGUMENTS: dict[str, dict] = {
     "reference": {"k_shot": 1, "false_alarm_rate": 0.3},
     "tiles": {"image_size": (48, 64), "tile_size": 32, "tile_batch_size": 3, "region": [0.0, 0.0, 0.8, 1.0]},
 }
+# Of pictures that take turns, so that the first process sees no tile and the second one no plate.
+PRODUCTS = {"*/b/*[02468].png": "plate", "*/b/*[13579].png": "tile", "n": "nut"}
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -28,10 +33,13 @@ if __name__ == "__main__":
 """
 
 
-def run_everything(small_clip: Path, category: Path, auxiliary_root: Path, out: Path, devices: int) -> None:
-    """Test and predict with all ``ARGUMENTS``, then train, in folders below ``out``."""
+def run_everything(
+    small_clip: Path, category: Path, mixed: Path, auxiliary_root: Path, out: Path, devices: int
+) -> None:
+    """Test and predict with all ``ARGUMENTS``, and several products, then train, in folders below ``out``."""
     for name, arguments in ARGUMENTS.items():
         score_category(small_clip, category, out / name, devices, arguments)
+    score_products(small_clip, mixed, out / "products", devices)
     learn(small_clip, auxiliary_root, out / "train", devices)
 
 
@@ -45,6 +53,21 @@ def score_category(small_clip: Path, category: Path, out: Path, devices: int, ar
     batches = engine.predict(model, data_path=category / "test/square")
     scores = {Path(batch.image_path[0]).name: batch.pred_score.item() for batch in batches}
     torch.save({"figures": figures, "scores": scores}, out / f"rank{rank}.pt")
+
+
+def score_products(small_clip: Path, mixed: Path, out: Path, devices: int) -> None:
+    """Test on 32 images of three classes, one at a time, with words that their folders are named by; then predict."""
+    out.mkdir(parents=True, exist_ok=True)
+    model = ClipAdSdp(PRODUCTS, str(small_clip), defects=["b", "n"], visualizer=False)
+    engine = new_engine(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    data = folder(mixed, eval_batch_size=1)
+    figures = engine.test(model, datamodule=data)[0]
+    said = {
+        batch.image_path[0]: (*batch.class_name, float(batch.pred_score), bool(batch.pred_label), *batch.explanation)
+        for batch in engine.predict(model, dataloaders=data.test_dataloader())
+    }
+    limits = model.post_processor.of_class.values
+    torch.save({"figures": figures, "said": said, "limits": limits}, out / f"rank{engine.trainer.global_rank}.pt")
 
 
 def learn(small_clip: Path, root: Path, out: Path, devices: int) -> None:
@@ -61,14 +84,14 @@ def learn(small_clip: Path, root: Path, out: Path, devices: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(
-    small_clip: str, category: Path, auxiliary_root: Path, tmp_path_factory: pytest.TempPathFactory
+    small_clip: str, category: Path, mixed: Path, auxiliary_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """What one process wrote, and what two did, which are started once for all."""
     root = tmp_path_factory.mktemp("distributed")
     one, two, script = root / "one", root / "two", root / "two.py"
-    run_everything(Path(small_clip), category, auxiliary_root, one, devices=1)
+    run_everything(Path(small_clip), category, mixed, auxiliary_root, one, devices=1)
     script.write_text(SCRIPT)
-    done = run_command(sys.executable, script, small_clip, category, auxiliary_root, two, cwd=ROOT)
+    done = run_command(sys.executable, script, small_clip, category, mixed, auxiliary_root, two, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return one, two
 
@@ -88,6 +111,20 @@ def test_two_processes_give_the_figures_and_pictures_of_one(runs: tuple[Path, Pa
     assert sorted(len(paths) for paths in tables(one).values()) == [6, 11], "a table a run"
     assert pages(two) == pages(one)
     assert sorted(len(paths) for paths in pages(one).values()) == [6, 11]
+
+
+def test_two_processes_set_the_thresholds_of_each_class_as_one_does(runs: tuple[Path, Path]) -> None:
+    """To the last digit, though one process sees no image of a class; and the words for defects are as often right."""
+    expected = torch.load(runs[0] / "products/rank0.pt", weights_only=True)
+    parts = [torch.load(runs[1] / f"products/rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [{name for name, *_ in part["said"].values()} for part in parts] == [{"plate", "nut"}, {"tile", "nut"}]
+    for part in parts:
+        assert torch.equal(part["limits"], expected["limits"])
+        assert part["figures"] == expected["figures"]
+    assert parts[0]["said"] | parts[1]["said"] == expected["said"]
+    assert len(expected["limits"].unique(dim=0)) == 3
+    naming = [expected["figures"][f"image_{kind}"] for kind in ("NamingAccuracy", "NamingF1Score")]
+    assert all(0 < figure < 1 for figure in naming), naming
 
 
 def tables(root: Path) -> dict[str, list[str]]:

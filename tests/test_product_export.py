@@ -1,5 +1,6 @@
 """Files of several products choose, score and threshold each image as the engine does."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,25 +8,31 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from anomalib.data import ImageBatch
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
 from anomalib_clipad import ClipAdSdp, InputError
+from anomalib_clipad.components import DefectName
 
 from .conftest import folder as data
 from .conftest import new_engine
+from .test_export import run_example
 from .test_products import BARE, FOLDERS, NAMES, mixed
 
 __all__ = ["mixed"]  # a fixture
+WORDS = {"plate": ["dent", "hole"], "tile": ["crack", "stain", "chip"]}
 CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [{}, {"k_shot": 3, "reference_layers": [2, 4]}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"k_shot": 3, "reference_layers": [2, 4], "defects": WORDS, "extra_outputs": True}]
+)
 def test_files_choose_and_judge_as_the_engine(
     small_clip: str, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict
 ) -> None:
-    """In a batch of both classes; anomalib's inferencers read the files."""
+    """In a batch of both classes, p-values and words of each class, too; anomalib's inferencers read the files."""
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     monkeypatch.chdir(tmp_path)
     model, engine = ClipAdSdp(NAMES, small_clip, **arguments, **BARE), new_engine(tmp_path)
@@ -37,10 +44,12 @@ def test_files_choose_and_judge_as_the_engine(
     with torch.no_grad():
         expected = model.eval()(torch.from_numpy(pixels))
     assert set(expected.explanation) == set(NAMES)
-    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path))
+    file = model.to_onnx(tmp_path)
+    session = onnxruntime.InferenceSession(file)
     names = [output.name for output in session.get_outputs()]
-    assert names == ["pred_score", "pred_label", "anomaly_map", "pred_mask", "class_index"]
-    score, label, anomaly_map, _, index = session.run(None, {session.get_inputs()[0].name: pixels})
+    more = ["p_value", "defect_probabilities"] if arguments else []
+    assert names == ["pred_score", "pred_label", "anomaly_map", "pred_mask", "class_index", *more]
+    score, label, anomaly_map, _, index, *extra = session.run(None, {session.get_inputs()[0].name: pixels})
     assert [NAMES[number] for number in index] == expected.explanation
     np.testing.assert_allclose(score, expected.pred_score, **CLOSE)
     np.testing.assert_allclose(anomaly_map, expected.anomaly_map, **CLOSE)
@@ -48,6 +57,9 @@ def test_files_choose_and_judge_as_the_engine(
     alone = session.run(["pred_score", "class_index"], {session.get_inputs()[0].name: pixels[:1]})
     np.testing.assert_allclose(alone[0], score[:1], **CLOSE)
 
+    if arguments:
+        judged_as_predict(file, paths, extra, new_engine(tmp_path / "again").predict(model, data_path=mixed / "test"))
+        model.extra_outputs = False  # which the inferencers do not take
     by_torch = TorchInferencer(model.to_torch(tmp_path), device="cpu").predict(paths[0])
     assert by_torch.explanation == expected.explanation[:1]
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -58,6 +70,32 @@ def test_files_choose_and_judge_as_the_engine(
         file = model.to_openvino(tmp_path / "with class", class_output=True)
         found = openvino.Core().compile_model(file, "CPU", exact)(pixels)
         assert found["class_index"].tolist() == index.tolist()
+
+
+def judged_as_predict(file: Path, paths: list[Path], extra: list[np.ndarray], batches: list[ImageBatch]) -> None:
+    """A file's p-values and words are those of predict, and the example prints those of the image's class."""
+    facts = onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
+    facts = {key: json.loads(text) for key, text in facts.items()}
+    assert facts["normal_images"] == [3, 3]
+    assert facts["class_names"] == NAMES
+    columns = list(zip(facts["defects"], facts["class_of_defect"], strict=True))
+    assert columns == [(word, number) for number, name in enumerate(NAMES) for word in WORDS[name]]
+    predicted = {path: (batch, row) for batch in batches for row, path in enumerate(batch.image_path)}
+    anomalous = []
+    for path, p_value, shares in zip(paths, *extra, strict=True):
+        batch, row = predicted[str(path)]
+        assert p_value == pytest.approx(float(batch.p_value[row]), abs=1e-6)
+        own = NAMES.index(batch.class_name[row])
+        found = {word: share for (word, number), share in zip(columns, shares.tolist(), strict=True) if number == own}
+        assert sum(found.values()) == pytest.approx(1, abs=1e-4)
+        if batch.pred_label[row]:
+            ranked = dict(sorted(found.items(), key=lambda pair: -pair[1]))
+            assert batch.explanation[row] == DefectName(ranked).explanation
+            anomalous.append((path, batch.class_name[row], found))
+    assert {name for _, name, _ in anomalous} == set(NAMES)
+    printed = run_example(file, *(path for path, *_ in anomalous), cwd=file.parent).stdout.splitlines()
+    for line, (_, name, found) in zip(printed, anomalous, strict=True):
+        assert line.endswith(f", {', '.join(f'{word} {share:.2f}' for word, share in found.items())}, of class {name}")
 
 
 def test_tiles_of_several_products_are_not_exported_by_way_of_onnx(small_clip: str, tmp_path: Path) -> None:

@@ -60,11 +60,12 @@ def test_each_image_is_compared_with_normal_images_of_its_class(
 
 @pytest.mark.parametrize("class_name", [FOLDERS, NAMES])
 def test_k_shot_takes_as_many_of_each_class_from_the_training_split(
-    small_clip: str, mixed: Path, tmp_path: Path, class_name: object
+    small_clip: str, mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, class_name: object
 ) -> None:
-    """With a list those that the network takes for the class."""
+    """With a list those that the network takes for the class. Thresholds are the validation images' affair."""
     model = ClipAdSdp(class_name, small_clip, k_shot=2, **BARE)
     new_engine(tmp_path).validate(model, datamodule=folder(mixed), verbose=False)
+    assert "thresholds of its own" not in caplog.text
     network = model.model
     assert network.references.counts.tolist() == [2 * PATCHES, 2 * PATCHES]
     known = {0: 0, 1: 0}
@@ -84,9 +85,12 @@ def test_a_class_with_few_references_says_so_and_takes_those_of_all(
     model = ClipAdSdp(FOLDERS, small_clip, few_shot_source=source, **BARE)
     predict(model, tmp_path, mixed / "test/good")
     assert "'tile' has 0 of the 1 normal images that are wanted as references" in caplog.text
+    assert "'tile' has 0 normal images, and thresholds of its own take 3" in caplog.text
     bank = model.model.references
     first, second = bank.patches.split(bank.counts.tolist())
     assert torch.equal(first, second)
+    with pytest.raises(InputError, match="No class has the 20 normal images that are wanted as references; give more"):
+        new_engine(tmp_path).validate(ClipAdSdp(NAMES, small_clip, k_shot=20, **BARE), datamodule=folder(mixed))
 
 
 def test_folders_that_name_no_class_are_refused(small_clip: str, mixed: Path, tmp_path: Path) -> None:

@@ -172,6 +172,26 @@ def test_testing_on_what_was_trained_on_warns(
     assert "trained on gear: what they score there is not a zero-shot result" in caplog.text
 
 
+def test_a_model_of_several_products_is_trained_on_others(
+    small_clip: str, auxiliary_root: Path, category: Path, tmp_path: Path
+) -> None:
+    """It learns from the data's own classes; then its products are scored, also from the checkpoint."""
+    defects = {"bottle": ["dent", "hole"], "nut": ["crack", "stain"]}
+    arguments = {"class_name": list(defects), "backbone": small_clip, "defects": defects, "visualizer": False}
+    model, fit = ClipAdSdpPlus(**arguments), new_engine(tmp_path / "fit", max_epochs=1)
+    fit.fit(model, datamodule=auxiliary(auxiliary_root))
+    assert model.trained_on == ["gear", "plate"]
+    path = weights(fit, "model.ckpt")
+    found = []
+    for number, one in enumerate((model, ClipAdSdpPlus(**arguments), ClipAdSdpPlus.load_from_checkpoint(path))):
+        engine = new_engine(tmp_path / str(number))
+        figures = engine.test(one, datamodule=folder(category), ckpt_path=path if number == 1 else None)[0]
+        assert one.model.class_names == ("bottle", "nut")
+        assert one.model.defect_names.words == (("dent", "hole"), ("crack", "stain"))
+        found.append((figures, one.post_processor.of_class.values.tolist()))
+    assert found[1:] == found[:1] * 2
+
+
 def test_held_out_images_are_of_every_category_and_label(auxiliary_root: Path) -> None:
     data = auxiliary(auxiliary_root)
     data.setup()

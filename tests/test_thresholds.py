@@ -8,12 +8,16 @@ import pytest
 import torch
 from anomalib import LearningType
 from anomalib.data import Folder, PredictDataset
+from torch.utils.data import DataLoader
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 
 from .conftest import LAYOUT, folder, new_engine, write_category, write_good
 from .test_few_shot import BARE, predict
+from .test_products import FOLDERS, mixed
+
+__all__ = ["mixed"]  # a fixture
 
 
 def normal_only(parts: Path) -> Folder:
@@ -152,6 +156,25 @@ def test_sensitivities_move_the_threshold_of_what_is_shown(
         found[sensitivity] = predict(model, tmp_path / f"{sensitivity}b", data_path=parts / "test")
         assert torch.equal(found[sensitivity]["pred_label"], found[sensitivity]["pred_score"] > 1 - sensitivity)
     assert found[0.2]["pred_mask"].sum() < found[0.8]["pred_mask"].sum()
+
+
+def test_a_class_without_masks_leaves_the_others_thresholds_as_they_are(
+    small_clip: str, mixed: Path, tmp_path: Path
+) -> None:
+    limits = []
+    for names in (set(), {"n"}):
+        data = folder(mixed, eval_batch_size=1)
+        data.setup()
+        batches = list(data.val_dataloader())
+        for batch in batches:
+            if Path(batch.image_path[0]).parent.name in names:
+                batch.gt_mask = None
+        model, engine = ClipAdSdp(FOLDERS, small_clip, **BARE), new_engine(tmp_path)
+        engine.validate(model, dataloaders=DataLoader(batches, batch_size=None), verbose=False)
+        limits.append(model.post_processor.of_class.values)
+    assert torch.equal(limits[0][0], limits[1][0])
+    assert torch.equal(limits[0][1, :3], limits[1][1, :3])
+    assert limits[1][1, -1].isnan(), "of the class without masks"
 
 
 def test_a_rate_that_too_few_images_support_is_said(

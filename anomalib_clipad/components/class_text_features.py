@@ -56,13 +56,14 @@ class ClassTextFeatures(Float32Buffers):
         self.defect_names = DefectNames(embed_dim, defects, prompts)
         self.class_choice = ClassChoice(embed_dim)
 
-    def set_classes(self, class_names: Sequence[str], choose: bool = False) -> None:
+    def set_classes(self, class_names: Sequence[str], choose: bool = False, words: bool = True) -> None:
         """Encode the prompts of these classes; forgets what was measured on images of others.
 
         Args:
             class_names: What can be in the images; an image's ``class_index`` counts them from 0.
             choose: Whether an image without a ``class_index`` gets the class that :class:`ClassChoice` finds, rather
                 than the first one.
+            words: Whether to encode the words for defects, too.
 
         Raises:
             InputError: If the list or a name is empty, or the model was exported, which leaves the text tower out.
@@ -73,7 +74,9 @@ class ClassTextFeatures(Float32Buffers):
         if self.text_encoder is None:
             msg = f"This model was exported for {', '.join(self.class_names)}; export one for {', '.join(class_names)}."
             raise InputError(msg)
-        self.defect_names.encode(class_names, self.text_encoder)
+        self.defect_names.forget()
+        if words:
+            self.defect_names.encode(class_names, self.text_encoder)
         pairs, whole = [], []
         for name in class_names:  # both at once: they are made from the same prompts
             pairs.append(self.text_encoder.text_features(name, self.prompts, **self.rvs))

@@ -90,12 +90,13 @@ def check_rate(rate: object) -> None:
         raise InputError(msg)
 
 
-def p_values(scores: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+def p_values(scores: torch.Tensor, normal: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
     """Conformal p-values: how seldom a normal image scores that high.
 
     Args:
         scores: (B,) scores; one that is not a number is more anomalous than any other.
         normal: (n,) scores of normal images.
+        own: (B, n), true where a normal image counts for a score; by default all do.
 
     Returns:
         (B,), (1 + number of normal scores at least as high) / (n + 1).
@@ -104,4 +105,7 @@ def p_values(scores: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         >>> p_values(torch.tensor([0.0, 0.3, 0.9]), torch.tensor([0.1, 0.2, 0.3, 0.4])).tolist()
         [1.0, 0.6000000238418579, 0.20000000298023224]
     """
-    return (1 + (normal >= scores[:, None]).sum(dim=1)) / (len(normal) + 1)
+    higher = normal >= scores[:, None]
+    if own is None:
+        return (1 + higher.sum(dim=1)) / (len(normal) + 1)
+    return (1 + (higher & own).sum(dim=1)) / (own.sum(dim=1) + 1)

@@ -278,10 +278,11 @@ def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any], fitted: 
     if isinstance(vectors, torch.Tensor) and (not isinstance(names, list) or len(names) != len(vectors)):
         problems.append(f"has {len(vectors)} pairs of text vectors for the classes {names!r}")
     if not problems and not fitted:
-        counts = {key: (len(state[key]), 1) for key in OF_CLASSES if key in state}
-        counts |= {key: (len(state[key]), 0) for key in (CHOICE, f"{LIMITS}values") if key in state}
         several = len(names or ())
-        wrong = [key for key, (count, alone) in counts.items() if count not in ({alone} if several < 2 else {several})]
+        classes, none = {max(several, 1)}, {several} - {1} or {0}
+        # Without labelled or normal images there are no thresholds.
+        counts = dict.fromkeys(OF_CLASSES, classes) | {CHOICE: none, f"{LIMITS}values": none | {0}}
+        wrong = [key for key, fitting in counts.items() if key in state and len(state[key]) not in fitting]
         problems += [f"has {key} of {len(state[key])} classes instead of {several}" for key in wrong]
     words = extra.get("defects", []) if isinstance(extra, Mapping) else None
     if not problems and not _words_fit(words, *(len(state.get(key, ())) for key in WORDS), classes=len(names or ())):

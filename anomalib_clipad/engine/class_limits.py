@@ -78,12 +78,15 @@ class ClassLimits(Float32Buffers):
 
     def p_values(self, scores: torch.Tensor, class_index: torch.Tensor) -> torch.Tensor:
         """Conformal p-values of scores (B,), each among the normal images of its class; NaN where there are none."""
-        found = torch.full_like(scores, torch.nan)
-        for number in class_index.unique().tolist():
-            rows, good = class_index == number, self.good_scores[self.good_class == number]
-            if len(good):
-                found[rows] = p_values(scores[rows], good)
-        return found
+        own = (
+            self.good_class == class_index[:, None]
+        )  # (B, n); masks and not a loop, which an exported file cannot have
+        return torch.where(own.any(dim=1), p_values(scores, self.good_scores, own), torch.nan)
+
+    @property
+    def normal_images(self) -> list[int]:
+        """How many normal images of each class have scores."""
+        return [int((self.good_class == number).sum()) for number in range(len(self.values))]
 
     def forget(self) -> None:
         """Have the values of one class, which are kept elsewhere."""

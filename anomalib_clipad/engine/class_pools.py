@@ -1,22 +1,23 @@
 """Thresholds of each of several classes, from its own images where they are enough, else from all of them together."""
 
 import logging
-from copy import deepcopy
 from itertools import product
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from anomalib.data import Batch
 from anomalib.data.utils import ValSplitMode
+from anomalib.metrics import F1AdaptiveThreshold, MinMax
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Trainer
-from torchmetrics import Metric
+from torchmetrics.aggregation import CatMetric
+from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_clipad.components.conformal import p_values
 from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
-from anomalib_clipad.data.inside import inside_only
 from anomalib_clipad.engine.class_limits import KEYS, LEVELS, ClassLimits
 from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -137,11 +138,11 @@ class ClassPoolsMixin(_PostProcessor):
 
     good_scores: torch.Tensor
     of_class: ClassLimits
-    _pixels: dict[int, tuple[Metric, Metric]]  # threshold and range of the maps of each class
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the post-processor's
         super().__init__(*args, **kwargs)
-        self.of_class, self._pixels = ClassLimits(), {}
+        self.of_class = ClassLimits()
+        self._classes, self._pixel_classes = CatMetric(), CatMetric()  # of all validation images; of those with masks
 
     def set_from(
         self,
@@ -162,22 +163,48 @@ class ClassPoolsMixin(_PostProcessor):
         """
         raise NotImplementedError
 
-    def update_pixels_of_classes(self, outputs: ZeroShotBatch, class_index: torch.Tensor) -> None:
-        """Collect the maps of a validation batch, class by class."""
-        for number in class_index.unique().tolist():
-            if number not in self._pixels:
-                self._pixels[number] = deepcopy((self._pixel_threshold_metric, self._pixel_min_max_metric))
-                for metric in self._pixels[number]:
-                    metric.reset()
-            rows = class_index == number
-            values = {name: getattr(outputs, name) for name in ("anomaly_map", "gt_mask", "region")}
-            own = {name: None if value is None else value[rows] for name, value in values.items()}
-            threshold, extent = self._pixels[number]
-            threshold.update(inside_only(SimpleNamespace(**own), self._pixel_threshold_metric.fields))
-            extent.update(SimpleNamespace(**own))
+    def collect_classes(self, outputs: ZeroShotBatch) -> None:
+        """Remember the classes of a validation batch's images."""
+        self._classes.update(classes_of(outputs))
+        if outputs.gt_mask is not None:
+            self._pixel_classes.update(classes_of(outputs))
 
-    def set_pools(self, network: ZeroShotNetwork, everything: Pool, trainer: Trainer | None) -> None:
-        """Set what all images have in common, and, where there are several classes, what each class has of its own."""
+    def _pixels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Map values inside the region, (images, n), their ground truth, and the images' classes, of all processes.
+
+        Of the metric that has collected them: every image has as many pixels as any other, and torchmetrics joins what
+        the processes have in one order. Nothing where there is no ground truth.
+        """
+        metric = self._pixel_threshold_metric
+        if not self._pixel_classes.update_called:
+            return None
+        classes = self._pixel_classes.compute().reshape(-1)
+        with metric.sync_context():
+            maps, masks = (dim_zero_cat(values).reshape(len(classes), -1) for values in (metric.preds, metric.target))
+        return maps, masks, classes
+
+    def _metrics_of(self, number: int, pixels: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None) -> None:
+        """Let threshold and range of the maps be those of a class, all of whose images this process knows."""
+        fields = ("anomaly_map", "gt_mask")
+        self._pixel_threshold_metric = F1AdaptiveThreshold(fields, strict=False, sync_on_compute=False)
+        self._pixel_min_max_metric = MinMax(fields[:1], strict=False, sync_on_compute=False)
+        if pixels is not None and (pixels[-1] == number).any():
+            maps, masks, _ = (values[pixels[-1] == number] for values in pixels)
+            batch = cast("Batch", SimpleNamespace(anomaly_map=maps, gt_mask=masks))
+            self._pixel_threshold_metric.update(batch)
+            self._pixel_min_max_metric.update(batch)
+
+    def set_pools(
+        self, network: ZeroShotNetwork, everything: Pool, trainer: Trainer | None, more_follow: bool = False
+    ) -> None:
+        """Set what all images have in common, and, where there are several classes, what each class has of its own.
+
+        Args:
+            network: What has scored the images.
+            everything: The images.
+            trainer: The run's, if they are validation images.
+            more_follow: Whether validation images follow, so that a class may get enough.
+        """
         names = network.class_names
         if len(names) < 2:
             self.set_from(network, everything, trainer)
@@ -185,27 +212,28 @@ class ClassPoolsMixin(_PostProcessor):
         pools = [everything.of(number) for number in range(len(names))]
         few = [number for number, pool in enumerate(pools) if pool.normal_images < LEAST]
         before = self.of_class.values.clone() if self.of_class.known else torch.full((len(names), 6), torch.nan)
+        pixels = self._pixels()
         self.set_from(network, everything, trainer, of="all classes together" if few else None)
         shared, shared_good = self._values(), self.good_scores
         self.of_class.take(shared, shared_good, len(names))
         both = self._pixel_threshold_metric, self._pixel_min_max_metric
         for number, name in enumerate(names):
             if number in few:
-                logger.warning(
-                    "%r has %d normal images, and thresholds of its own take %d; it has those of all classes together.",
-                    name,
-                    pools[number].normal_images,
-                    LEAST,
+                count = pools[number].normal_images
+                words = (
+                    "%r has %d normal image%s, and thresholds of its own take %d; it has those of all classes together."
                 )
+                if not more_follow:
+                    logger.warning(words, name, count, "" if count == 1 else "s", LEAST)
                 continue
             self._take_values(before[number])
             self.good_scores = shared_good[:0]
-            self._pixel_threshold_metric, self._pixel_min_max_metric = self._pixels.get(number, both)  # type: ignore[assignment]  # copies of them
+            self._metrics_of(number, pixels)
             self.set_from(network, pools[number], trainer, number, of=repr(name))
             self.of_class.take(self._values(), self.good_scores, len(names), number)
         self._pixel_threshold_metric, self._pixel_min_max_metric = both
         self._take_values(shared)
-        self.good_scores, self._pixels = shared_good, {}
+        self.good_scores = shared_good
 
     def _own(self) -> list[torch.Tensor]:
         """The scalars of one class, in the order of :class:`ClassLimits`."""

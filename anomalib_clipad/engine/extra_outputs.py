@@ -81,12 +81,21 @@ def _defects(model: Any, answer: Answer) -> torch.Tensor | None:  # noqa: ANN401
     )
 
 
+def _normal_images(model: Any) -> dict[str, object]:  # noqa: ANN401 - likewise
+    of_class = model.post_processor.of_class
+    return {"normal_images": of_class.normal_images if of_class.known else len(model.post_processor.good_scores)}
+
+
 def _words(model: Any) -> dict[str, object]:  # noqa: ANN401 - likewise
-    return {"defects": [word for own in model.model.defect_names.words for word in own], "margin": MARGIN}
+    words = model.model.defect_names.words
+    found = {"defects": [word for own in words for word in own], "margin": MARGIN}
+    if len(words) > 1:
+        found["class_of_defect"] = [number for number, own in enumerate(words) for _ in own]
+    return found
 
 
 OUTPUTS: tuple[ExtraOutput, ...] = (
-    ExtraOutput("p_value", _p_value, lambda model: {"normal_images": len(model.post_processor.good_scores)}),
+    ExtraOutput("p_value", _p_value, _normal_images),
     ExtraOutput("defect_probabilities", _defects, _words),
 )
 
@@ -136,7 +145,10 @@ class ExtraOutputsMixin(WholeExportMixin):
         if not found:
             logger.warning("extra_outputs finds nothing to give: no scores of normal images, no words for defects.")
             return
-        texts = {key: json.dumps(value) for one in found for key, value in one.metadata(self).items()}
+        facts = {key: value for one in found for key, value in one.metadata(self).items()}
+        if len(self.model.class_names) > 1:
+            facts["class_names"] = list(self.model.class_names)
+        texts = {key: json.dumps(value) for key, value in facts.items()}
         onnx.helper.set_model_props(graph, texts)
         onnx.save(graph, file)
         names = ", ".join(one.name for one in found)

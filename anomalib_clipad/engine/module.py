@@ -168,7 +168,6 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         """Encode the prompts of the class at hand, and prepare what comes from normal images."""
         datamodule = datamodule_of(self.trainer)
         self.choose_class(*self._names(datamodule))
-        self.products.check_run(self.trainer)
         self.products.check(images_of(self.trainer), self.model.class_names)
         self.prepare_normal_images(datamodule)
         self.begin_pass(datamodule, (self._normal_key, repr(self.class_name)))

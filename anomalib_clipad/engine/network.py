@@ -81,8 +81,8 @@ class ZeroShotNetwork(Protocol):
     def score_limits(self) -> tuple[float, float]:
         """Between what an image's score lies, as a rule."""
 
-    def set_classes(self, class_names: Sequence[str], choose: bool = False) -> None:
-        """Encode the prompts of these classes, and prepare to choose each image's."""
+    def set_classes(self, class_names: Sequence[str], choose: bool = False, words: bool = True) -> None:
+        """Encode the prompts of these classes and the words for defects, and prepare to choose each image's class."""
 
     def forget_classes(self) -> None:
         """Have no class."""

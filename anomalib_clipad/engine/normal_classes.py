@@ -53,7 +53,8 @@ class NormalClassesMixin(NormalImagesMixin):
             classes = torch.cat([scores.class_index for scores in scored if scores.class_index is not None])
             self.model.fit_defect_baseline(torch.cat(evidence), classes)
         if scored:
-            post_processor.set_from_normal(self.model, scored, references=used)
+            more_follow = self._trainer is not None and bool(self.trainer.validating)
+            post_processor.set_from_normal(self.model, scored, used, more_follow)
 
     def _numbers(self, images: NormalImages, by_folder: bool) -> dict[str, int]:
         """The class of each image, by its path."""

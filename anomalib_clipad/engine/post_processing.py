@@ -89,10 +89,12 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         # to the classes at hand as the thresholds do.
         self.register_buffer("normal", torch.empty(0, 5))
         self.register_buffer("normal_class", torch.empty(0))  # (n,) their classes, where there are several
-        self._validated, self._labels, self._classes = CatMetric(), CatMetric(), CatMetric()
+        self._validated, self._labels = CatMetric(), CatMetric()
         self._given: list[torch.Tensor] = []  # labels of this run
 
-    def set_from_normal(self, network: ZeroShotNetwork, scored: Iterable[Scores], references: int) -> None:
+    def set_from_normal(
+        self, network: ZeroShotNetwork, scored: Iterable[Scores], references: int, more_follow: bool = False
+    ) -> None:
         """Set the thresholds from normal images.
 
         Args:
@@ -100,6 +102,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
             scored: Their scores; those of references come first, each compared with the others. That takes for granted
                 that one reference fewer changes little; it rather raises the threshold.
             references: How many of them are references.
+            more_follow: Whether validation images follow.
         """
         batches = list(scored)
         summary = torch.cat([summary_of(scores, network.region) for scores in batches])
@@ -108,7 +111,8 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         self.normal_class = self.normal_class[:0]
         if len(network.class_names) > 1:
             self.normal_class = torch.cat([classes_of(scores) for scores in batches]).to(self.normal)
-        self.set_pools(network, Pool(summary[:0], summary[:0, 0].int(), self.normal, self.normal_class.long()), None)
+        pool = Pool(summary[:0], summary[:0, 0].int(), self.normal, self.normal_class.long())
+        self.set_pools(network, pool, None, more_follow)
 
     def on_validation_batch_end(  # type: ignore[override]  # anomalib hands on batches, not what Lightning names
         self,
@@ -126,8 +130,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         self._labels.update(outputs.gt_label)
         inside = inside_only(outputs, self._pixel_threshold_metric.fields)
         if len(cast("ZeroShotNetwork", pl_module.model).class_names) > 1:
-            self._classes.update(classes_of(outputs))
-            self.update_pixels_of_classes(outputs, classes_of(outputs))
+            self.collect_classes(outputs)
         self._pixel_threshold_metric.update(inside)
         self._pixel_min_max_metric.update(outputs)
 
@@ -142,7 +145,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         if self._classes.update_called:
             classes = torch.cat([classes, self._classes.compute().reshape(-1).long()])
         self.set_pools(network, Pool(summary, labels, self.normal.to(summary), classes), trainer)
-        for name in ("_validated", "_labels", "_classes", *METRICS):
+        for name in ("_validated", "_labels", "_classes", "_pixel_classes", *METRICS):
             getattr(self, name).reset()
 
     def set_from(

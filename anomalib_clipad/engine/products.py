@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePath
 
-from lightning.pytorch import Trainer
-
 from anomalib_clipad.errors import InputError
 
 PATTERN = "*?["  # a key with one of these is a pattern of the path, any other the name of a folder
@@ -62,16 +60,6 @@ class Products:
             if _is_pattern(key) and (fnmatchcase(text, key) or fnmatchcase(text, f"*/{key}")):
                 return name
         return next((folders[part] for part in reversed(whole.parts[:-1]) if part in folders), None)
-
-    def check_run(self, trainer: Trainer) -> None:
-        """Refuse what several classes cannot do yet.
-
-        Raises:
-            InputError: If thresholds of several classes are to be set by several processes.
-        """
-        if self.several and trainer.world_size > 1 and trainer.validating:
-            msg = "Thresholds of several classes are set in one process; run test and validate with devices 1."
-            raise InputError(msg)
 
     def check(self, paths: Iterable[str], class_names: Sequence[str]) -> None:
         """Refuse images that a mapping leaves out.

@@ -115,7 +115,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
                 )
                 raise InputError(msg)
         self.trained_on = list(data.class_names)
-        self.model.set_classes(data.class_names)
+        self.model.set_classes(data.class_names, words=False)  # which may be those of other classes
         data.cache(self._taps, f"{self.fingerprint} {self.model.visual.layers} {self.model.image_size}")
 
     def on_train_end(self) -> None:

@@ -9,6 +9,7 @@ from anomalib.visualization import Visualizer
 from torch import nn
 
 from anomalib_clipad.components.reference import MOST_PATCHES
+from anomalib_clipad.engine.arguments import plain
 from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
 
@@ -113,6 +114,9 @@ class ClipAdSdp(ZeroShotMixin, AnomalibModule):  # type: ignore[misc]  # anomali
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        # Here and not later, since these variables become the hyperparameters.
+        class_name, layers, rvs, prompts, image_size = map(plain, (class_name, layers, rvs, prompts, image_size))
+        tile_size, region, reference_layers, defects = map(plain, (tile_size, region, reference_layers, defects))
         model = ClipAdSdpModel(
             backbone=backbone,
             pretrained=pretrained,

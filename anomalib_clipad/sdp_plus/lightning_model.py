@@ -9,6 +9,7 @@ from anomalib.visualization import Visualizer
 from torch import nn
 
 from anomalib_clipad.components.reference import MOST_PATCHES
+from anomalib_clipad.engine.arguments import plain
 from anomalib_clipad.engine.metrics import paper_evaluator
 from anomalib_clipad.engine.training import AuxiliaryTrainingMixin
 from anomalib_clipad.sdp_plus.adapter import load_adapter, save_adapter
@@ -122,6 +123,9 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        # Here and not later, since these variables become the hyperparameters.
+        class_name, layers, rvs, prompts, image_size = map(plain, (class_name, layers, rvs, prompts, image_size))
+        tile_size, region, reference_layers, defects = map(plain, (tile_size, region, reference_layers, defects))
         model = ClipAdSdpPlusModel(
             backbone=backbone,
             pretrained=pretrained,
