@@ -78,9 +78,8 @@ class ClassLimits(Float32Buffers):
 
     def p_values(self, scores: torch.Tensor, class_index: torch.Tensor) -> torch.Tensor:
         """Conformal p-values of scores (B,), each among the normal images of its class; NaN where there are none."""
-        own = (
-            self.good_class == class_index[:, None]
-        )  # (B, n); masks and not a loop, which an exported file cannot have
+        # Masks and not a loop over the classes, which an exported file cannot have.
+        own = self.good_class == class_index[:, None]  # (B, n)
         return torch.where(own.any(dim=1), p_values(scores, self.good_scores, own), torch.nan)
 
     @property
