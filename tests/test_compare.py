@@ -238,3 +238,11 @@ def test_published_figures_stand_beside_measured_ones(tmp_path: Path) -> None:
     published = report.split("## Beside published figures")[1].split("## By category")[0]
     assert "good parts" not in published, "published figures are of no normal image"
     assert "PatchCore" not in published, "or of all of them"
+
+
+def test_a_failed_job_is_named_with_its_seed_where_there_are_several(tmp_path: Path) -> None:
+    rows = [{"model": "PaDiM", "category": "nut", "seed": seed, "error": "no data", "key": "none"} for seed in (0, 1)]
+    write_report(tmp_path, rows)
+    report = (tmp_path / "report.md").read_text()
+    assert "**Failed**: PaDiM on nut, seed 0: no data" in report
+    assert "**Failed**: PaDiM on nut, seed 1: no data" in report

@@ -9,9 +9,10 @@ import pytest
 import torch
 from anomalib.data import PredictDataset
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from anomalib_clipad.data import ReadableDataLoader
+from anomalib_clipad.errors import InputError
 
 SHADES = np.linspace(0, 255, 32 * 24).reshape(24, 32).astype(np.uint8)
 SAVED: dict[str, tuple[Callable[[], Image.Image], dict[str, object]]] = {
@@ -92,6 +93,20 @@ def test_one_bad_byte_skips_only_its_image(
     batches = list(ReadableDataLoader(DataLoader(dataset, collate_fn=dataset.collate_fn)))
     assert sum(len(batch) for batch in batches) == 2
     assert f"{name}, which cannot be read" in caplog.text
+
+
+def test_more_processes_than_images_is_one_sentence_in_each_of_them(image_folder: Path) -> None:
+    dataset = PredictDataset(image_folder)
+
+    def paths(processes: int, rank: int) -> list[str]:
+        sampler = DistributedSampler(dataset, processes, rank, shuffle=False)
+        loader = DataLoader(dataset, sampler=sampler, collate_fn=dataset.collate_fn)
+        return [path for batch in ReadableDataLoader(loader) for path in batch.image_path]
+
+    assert sorted(paths(2, 0) + paths(2, 1)) == sorted(map(str, image_folder.iterdir()))
+    for rank in range(3):
+        with pytest.raises(InputError, match="there are 3 processes for 2; use fewer devices"):
+            paths(3, rank)
 
 
 @pytest.mark.parametrize("error", [ValueError("a wrong transform"), TypeError("a wrong type"), IndexError("too far")])

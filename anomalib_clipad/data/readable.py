@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from torchvision.tv_tensors import Image as ImageTensor
 
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,11 @@ def _unrepeated(batches: Iterable[list[int]] | None) -> Iterable[list[int]] | No
     padded = getattr(batches, "sampler", None)
     if not isinstance(batches, BatchSampler) or type(padded) is not DistributedSampler:
         return batches
+    images, processes = len(padded.dataset), padded.num_replicas  # type: ignore[arg-type]  # torch's sampler asks, too
+    if images < processes:
+        # A process without an image would leave the others waiting for its part of the metrics.
+        msg = f"Every process needs an image, and there are {processes} processes for {images}; use fewer devices."
+        raise InputError(msg)
     sampler = UnrepeatedDistributedSampler(padded.dataset, padded.num_replicas, padded.rank, shuffle=False)
     return BatchSampler(sampler, batches.batch_size, drop_last=False)
 
