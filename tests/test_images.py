@@ -101,7 +101,7 @@ def test_more_processes_than_images_is_one_sentence_in_each_of_them(image_folder
     def paths(processes: int, rank: int) -> list[str]:
         sampler = DistributedSampler(dataset, processes, rank, shuffle=False)
         loader = DataLoader(dataset, sampler=sampler, collate_fn=dataset.collate_fn)
-        return [path for batch in ReadableDataLoader(loader) for path in batch.image_path]
+        return [path for batch in ReadableDataLoader(loader, each_once=True) for path in batch.image_path]
 
     assert sorted(paths(2, 0) + paths(2, 1)) == sorted(map(str, image_folder.iterdir()))
     for rank in range(3):
