@@ -93,15 +93,20 @@ def test_a_class_with_few_references_says_so_and_takes_those_of_all(
         new_engine(tmp_path).validate(ClipAdSdp(NAMES, small_clip, k_shot=20, **BARE), datamodule=folder(mixed))
 
 
-def test_folders_that_name_no_class_are_refused(small_clip: str, mixed: Path, tmp_path: Path) -> None:
+def test_folders_that_name_no_class_are_refused(
+    small_clip: str, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = ClipAdSdp(NAMES, small_clip, few_shot_source=mixed / "train/good", **BARE)
     with pytest.raises(InputError, match=r"png in no folder of a class; .* of its name: plate, tile"):
         predict(model, tmp_path, mixed / "test/good")
     shutil.copytree(mixed / "train/good/b", tmp_path / "good/plate")
     shutil.copytree(mixed / "train/good/n", tmp_path / "good/tile")
-    model.few_shot_source = tmp_path / "good"
-    predict(model, tmp_path, mixed / "test/good")
-    assert model.model.references.counts.tolist() == [8 * PATCHES, 8 * PATCHES]
+    (tmp_path / "link").symlink_to(tmp_path / "good")
+    monkeypatch.chdir(tmp_path)
+    for source in ("good", tmp_path / "link"):
+        model = ClipAdSdp(NAMES, small_clip, few_shot_source=source, **BARE)
+        predict(model, tmp_path, mixed / "test/good")
+        assert model.model.references.counts.tolist() == [8 * PATCHES, 8 * PATCHES]
 
 
 def test_a_checkpoint_brings_the_references_of_each_class(small_clip: str, mixed: Path, tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ class NormalClassesMixin(NormalImagesMixin):
         found = {path: products.name_of(path) for path in images.paths}
         if by_folder:
             named = Products({name: name for name in names})
-            inside = {path: str(Path(path).relative_to(str(self.few_shot_source))) for path in images.paths}
-            found = {path: named.name_of(inside[path]) or name for path, name in found.items()}
+            source = Path(str(self.few_shot_source))
+            found = {path: named.name_of(_below(source, Path(path))) or name for path, name in found.items()}
             if left_out := [path for path, name in found.items() if name is None]:
                 msg = (
                     f"few_shot_source has {left_out[0]} in no folder of a class; put the images of each class into a "
@@ -126,3 +126,9 @@ class NormalClassesMixin(NormalImagesMixin):
                 with torch.no_grad(), self._forward_context():
                     yield self.model.scores(torch.stack(pixels).to(self.device), numbers)
                 bar.update(len(batch))
+
+
+def _below(folder: Path, path: Path) -> str:
+    """The part of a path below a folder that may have been given as a relative one, or through a link."""
+    roots = [root for root in (folder.absolute(), folder.resolve()) if path.is_relative_to(root)]
+    return str(path.relative_to(roots[0]) if roots else path)
