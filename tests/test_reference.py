@@ -1,12 +1,14 @@
 """References: distances to the nearest patch of normal images, against loops in float64."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from anomalib_clipad.components import ReferenceBank, ReferenceFusion
+from anomalib_clipad.components.reference_tokens import ReferenceTokens
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel
@@ -110,6 +112,22 @@ def test_a_bank_of_four_at_240_pixels_has_at_most_seven_megabytes() -> None:
     bank = ReferenceBank(taps=4, width=896, grid=(15, 15))
     bank.fit([torch.randn(4, 226, 896) for _ in range(4)])
     assert sum(value.numel() * value.element_size() for value in bank.state_dict().values()) <= 7e6
+
+
+def test_patches_of_references_are_never_there_twice() -> None:
+    """They are given up batch by batch while they are joined, as they are first, and serve other classes, too."""
+    batches = [torch.randn(12 * n, 2, 6).half() for n in (1, 2, 3)]
+    expected, of_all = torch.cat([batches[1], batches[0], batches[2]]), ReferenceTokens()
+    collected = ReferenceTokens()
+    for turn, batch in zip((1, 0, 1), batches, strict=True):
+        collected.add(turn, batch)
+    alive = [weakref.ref(batch) for batch in batches]
+    del batch, batches
+    for _ in range(2):
+        assert torch.equal(collected.patches(), expected)
+        assert [one() for one in alive] == [None] * 3
+    of_all.extend(collected)
+    assert torch.equal(of_all.patches(), expected)
 
 
 def test_a_coreset_keeps_the_spread_of_the_patches_and_is_the_same_each_time() -> None:

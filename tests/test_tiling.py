@@ -163,7 +163,8 @@ def test_references_are_compared_tile_by_tile(count: int) -> None:
     apart = (torch.tensor(centres)[:, None] - torch.tensor(centres)).abs().amax(dim=-1) >= 2
     allowed = apart if count == 1 else owner[:, None] != owner
     expected = 0.5 * (1 - cosines.masked_fill(~allowed, -1).amax(dim=-1)).mean(dim=0)
-    found = network.tile_references.fit([torch.cat(tap) for tap in zip(*originals, strict=True)], count, places)
+    bank = network.tile_references
+    found = bank.fit_patches(torch.cat([bank.half_patches(original) for original in originals]), count, places)
     torch.testing.assert_close(found.flatten(), expected, atol=2e-3, rtol=0)
     network.set_references([images])
     torch.testing.assert_close(network.tile_references(originals[0])[0], torch.zeros(len(found[0])), atol=1e-3, rtol=0)
