@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_clipad.components import ReferenceBank, ReferenceFusion
+from anomalib_clipad.components.coreset import coreset
 from anomalib_clipad.components.reference_tokens import ReferenceTokens
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
@@ -141,6 +142,17 @@ def test_a_coreset_keeps_the_spread_of_the_patches_and_is_the_same_each_time() -
     assert torch.equal(small.patches, again.patches)
     assert (small(images) >= whole(images) - 1e-3).all(), "fewer patches cannot be nearer"
     assert (small.fit(references) >= whole.fit(references) - 1e-3).all()
+
+
+def test_a_coreset_of_narrow_patches_is_greedy_by_their_own_distances() -> None:
+    """They are not projected, which would need more features than they have."""
+    patches = F.normalize(torch.randn(60, 2, 4), dim=-1).half()
+    chosen = coreset(patches, torch.arange(5, 60), 12)
+    vectors = F.normalize(patches.double(), dim=-1).flatten(1)[5:]
+    expected = [int(chosen[0]) - 5]
+    for _ in range(11):
+        expected.append(int(torch.cdist(vectors, vectors[expected]).amin(dim=1).argmax()))
+    assert chosen.tolist() == [5 + index for index in expected]
 
 
 def test_units_are_those_of_the_references() -> None:

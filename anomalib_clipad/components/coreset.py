@@ -1,11 +1,14 @@
 """A choice of some patches that are spread over all there are."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from anomalib.models.components.dimensionality_reduction import SparseRandomProjection
 
 logger = logging.getLogger(__name__)
 
@@ -15,8 +18,8 @@ CHUNK = 1024  # patches projected at once, which bounds the memory
 def coreset(patches: torch.Tensor, number: torch.Tensor, size: int) -> torch.Tensor:
     """Choose by anomalib's k-centre sampling; the same ones each time.
 
-    At its peak the memory has, beside the patches, the projected features of those to choose from in float32, twice:
-    about 300 of a patch.
+    Patches are projected to about 300 features first, where these are fewer than taps * W. At its peak the memory has,
+    beside the patches, the features of those to choose from in float32, twice.
 
     Args:
         patches: (M, taps, W), of any length.
@@ -41,11 +44,13 @@ def coreset(patches: torch.Tensor, number: torch.Tensor, size: int) -> torch.Ten
         random: Any = np.random.RandomState(0)  # scikit-learn takes no newer kind of generator
         projection = SparseRandomProjection(eps=0.9, random_state=random)
         projection.fit(patches[:1].flatten(1).expand(len(number), -1))
-        parts = [
-            projection.transform(F.normalize(patches[some].float(), dim=-1).flatten(1)) for some in number.split(CHUNK)
-        ]
-        features = torch.cat(parts)
-        del parts
+        features = torch.cat([_projected(patches[some], projection) for some in number.split(CHUNK)])
         # Of three dimensions, the sampler takes the features as they are.
         sampler = KCenterGreedy(features[:, None], (size + 0.5) / len(features))
         return number[torch.as_tensor(sampler.select_coreset_idxs(), device=number.device)]
+
+
+def _projected(patches: torch.Tensor, projection: "SparseRandomProjection") -> torch.Tensor:
+    """Features of patches: (m, taps, W) to (m, F)."""
+    units = F.normalize(patches.float(), dim=-1).flatten(1)
+    return projection.transform(units) if projection.n_components < units.shape[1] else units
