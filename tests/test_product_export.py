@@ -10,7 +10,7 @@ import torch
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
-from anomalib_clipad import ClipAdSdp, InputError
+from anomalib_clipad import ClipAdSdp
 
 from .conftest import folder as data
 from .conftest import new_engine
@@ -21,7 +21,9 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [{}, {"k_shot": 3, "reference_layers": [2, 4]}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"k_shot": 3, "reference_layers": [2, 4], "image_size": (32, 56), "tile_size": 32}]
+)
 def test_files_choose_and_judge_as_the_engine(
     small_clip: str, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict
 ) -> None:
@@ -58,10 +60,3 @@ def test_files_choose_and_judge_as_the_engine(
         file = model.to_openvino(tmp_path / "with class", class_output=True)
         found = openvino.Core().compile_model(file, "CPU", exact)(pixels)
         assert found["class_index"].tolist() == index.tolist()
-
-
-def test_tiles_of_several_products_are_not_exported_by_way_of_onnx(small_clip: str, tmp_path: Path) -> None:
-    model = ClipAdSdp(NAMES, small_clip, image_size=(32, 56), tile_size=32, **BARE)
-    with pytest.raises(InputError, match="tile_size"):
-        model.to_onnx(tmp_path)
-    assert not list(tmp_path.iterdir())
