@@ -2,6 +2,7 @@
 
     python benchmarks/tiles.py                              # ViT-B-16-plus-240, random weights, 20 minutes on two cores
     python benchmarks/tiles.py --find FOLDER [FOLDER ...]   # SDP, demonstration backbone, folders in MVTec's layout
+    python benchmarks/tiles.py --references 8               # memory while so many references are taken, likewise
 
 Time: a picture of T tiles against T untiled images in batches of the same size; pairs of calls alternate, and the
 median of their ratios is printed. Memory: what one forward adds, at its peak, to a fresh process, for a picture of
@@ -144,6 +145,28 @@ def written_line() -> Line:
     return Line("memory of writing heatmap and mask / the map in float32", detail, peak / (4 * LARGE**2 / MEBIBYTE))
 
 
+def references_memory(count: int, side: int) -> float:
+    """MiB that taking references adds at its peak; 100 patches are kept, since the choice of more takes long."""
+    logging.disable(logging.WARNING)
+    model = ClipAdSdpModel("demo", None, ["part"], image_size=side, tile_size=96, max_references=100).eval()
+    pictures = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    model.set_references([pictures])
+    return status("VmHWM") - before
+
+
+def references_line(count: int, side: int = 2000) -> Line:
+    """Peak of taking references over their patches in half precision."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(references_memory, (count, side))
+    bank = ClipAdSdpModel("demo", None, image_size=side, tile_size=96)
+    patches = count * len(bank.tiling) * bank.grid[0] * bank.grid[1] * bank.visual.width * 2 / MEBIBYTE
+    detail = f"{count} of {side} x {side}, {len(bank.tiling)} tiles each: {peak:.0f} / {patches:.0f} MiB"
+    return Line("memory of taking references / their patches", detail, peak / patches)
+
+
 def find(root: Path, name: str, **arguments: object) -> str:
     """Image AUROC, pixel AUROC and pixel AP of a folder, in per cent."""
     model = ClipAdSdpModel("demo", None, [name], **arguments).eval()
@@ -175,8 +198,12 @@ def main() -> None:
     parser.add_argument("--backbone", default="ViT-B-16-plus-240")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--find", type=Path, nargs="*", default=[])
+    parser.add_argument("--references", type=int)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    if arguments.references:
+        print(f"demonstration backbone, {machine()}\n\n{HEADER}\n{references_line(arguments.references)}")
+        return
     if not arguments.find:
         print(f"{arguments.backbone}, {machine()}\n\n{HEADER}")
         for line in lines(arguments.backbone, arguments.pairs):

@@ -12,7 +12,7 @@ from anomalib.data import ImageBatch
 from anomalib.deploy import OpenVINOInferencer, TorchInferencer
 from PIL import Image
 
-from anomalib_clipad import ClipAdSdp, InputError
+from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.components import DefectName
 
 from .conftest import folder as data
@@ -27,7 +27,18 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", [{}, {"k_shot": 3, "reference_layers": [2, 4], "defects": WORDS, "extra_outputs": True}]
+    "arguments",
+    [
+        {},
+        {
+            "k_shot": 3,
+            "reference_layers": [2, 4],
+            "defects": WORDS,
+            "extra_outputs": True,
+            "image_size": (32, 56),
+            "tile_size": 32,
+        },
+    ],
 )
 def test_files_choose_and_judge_as_the_engine(
     small_clip: str, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict
@@ -96,10 +107,3 @@ def judged_as_predict(file: Path, paths: list[Path], extra: list[np.ndarray], ba
     printed = run_example(file, *(path for path, *_ in anomalous), cwd=file.parent).stdout.splitlines()
     for line, (_, name, found) in zip(printed, anomalous, strict=True):
         assert line.endswith(f", {', '.join(f'{word} {share:.2f}' for word, share in found.items())}, of class {name}")
-
-
-def test_tiles_of_several_products_are_not_exported_by_way_of_onnx(small_clip: str, tmp_path: Path) -> None:
-    model = ClipAdSdp(NAMES, small_clip, image_size=(32, 56), tile_size=32, **BARE)
-    with pytest.raises(InputError, match="tile_size"):
-        model.to_onnx(tmp_path)
-    assert not list(tmp_path.iterdir())

@@ -1,12 +1,15 @@
 """References: distances to the nearest patch of normal images, against loops in float64."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from anomalib_clipad.components import ReferenceBank, ReferenceFusion
+from anomalib_clipad.components.coreset import coreset
+from anomalib_clipad.components.reference_tokens import ReferenceTokens
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel
@@ -112,6 +115,22 @@ def test_a_bank_of_four_at_240_pixels_has_at_most_seven_megabytes() -> None:
     assert sum(value.numel() * value.element_size() for value in bank.state_dict().values()) <= 7e6
 
 
+def test_patches_of_references_are_never_there_twice() -> None:
+    """They are given up batch by batch while they are joined, as they are first, and serve other classes, too."""
+    batches = [torch.randn(12 * n, 2, 6).half() for n in (1, 2, 3)]
+    expected, of_all = torch.cat([batches[1], batches[0], batches[2]]), ReferenceTokens()
+    collected = ReferenceTokens()
+    for turn, batch in zip((1, 0, 1), batches, strict=True):
+        collected.add(turn, batch)
+    alive = [weakref.ref(batch) for batch in batches]
+    del batch, batches
+    for _ in range(2):
+        assert torch.equal(collected.patches(), expected)
+        assert [one() for one in alive] == [None] * 3
+    of_all.extend(collected)
+    assert torch.equal(of_all.patches(), expected)
+
+
 def test_a_coreset_keeps_the_spread_of_the_patches_and_is_the_same_each_time() -> None:
     references, images = tokens(8), tokens(2, seed=1)
     whole, small, again = (ReferenceBank(2, 6, GRID, max_patches=most) for most in (96, 24, 24))
@@ -123,6 +142,17 @@ def test_a_coreset_keeps_the_spread_of_the_patches_and_is_the_same_each_time() -
     assert torch.equal(small.patches, again.patches)
     assert (small(images) >= whole(images) - 1e-3).all(), "fewer patches cannot be nearer"
     assert (small.fit(references) >= whole.fit(references) - 1e-3).all()
+
+
+def test_a_coreset_of_narrow_patches_is_greedy_by_their_own_distances() -> None:
+    """They are not projected, which would need more features than they have."""
+    patches = F.normalize(torch.randn(60, 2, 4), dim=-1).half()
+    chosen = coreset(patches, torch.arange(5, 60), 12)
+    vectors = F.normalize(patches.double(), dim=-1).flatten(1)[5:]
+    expected = [int(chosen[0]) - 5]
+    for _ in range(11):
+        expected.append(int(torch.cdist(vectors, vectors[expected]).amin(dim=1).argmax()))
+    assert chosen.tolist() == [5 + index for index in expected]
 
 
 def test_units_are_those_of_the_references() -> None:

@@ -7,6 +7,7 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 import torch
+from anomalib.deploy import CompressionType
 from PIL import Image
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -14,7 +15,7 @@ from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.errors import InputError
 
 from .conftest import ROUNDING, auxiliary, build_model, folder, new_engine, pixels_of, weights
-from .test_export import run_onnx, run_openvino
+from .test_export import OnceToOnnx, run_onnx, run_openvino
 from .test_products import BARE, FOLDERS, mixed, only, run, same
 from .test_region import BOX, inside_box, write_mask
 
@@ -125,6 +126,7 @@ def test_a_checkpoint_and_an_exported_file_keep_the_region(
     mask = inside_box((24, 24), [0.2, 0.0, 0.8, 0.7])
     region = write_mask(tmp_path / "region.png", mask)
     model = build_model(kind, small_clip, tmp_path, region=Path(region), visualizer=False, **arguments)
+    model.__class__ = type(kind, (OnceToOnnx, type(model)), {})  # its exports to OpenVINO begin with the same file
     engine = new_engine(tmp_path)
     engine.test(model, datamodule=folder(category), verbose=False)
     images = torch.rand(3, 3, 60, 80)
@@ -141,8 +143,18 @@ def test_a_checkpoint_and_an_exported_file_keep_the_region(
         torch.testing.assert_close(getattr(again, name).detach(), wanted, atol=1e-6, rtol=0)
         for found in files:
             assert np.abs(found[name].squeeze() - wanted.numpy()).max() < 1e-4
+    kinds = {CompressionType.INT8: None, CompressionType.INT8_PTQ: folder(category)}  # the latter not with tiles
+    wanted = expected.anomaly_map.detach().numpy()[:, ~outside]
+    for eight, data in list(kinds.items())[: 1 if arguments else 2]:
+        path = model.to_openvino(tmp_path / eight.value, compression_type=eight, datamodule=data)
+        files.append(run_openvino(path, images.numpy()))
+        inside = files[-1]["anomaly_map"].reshape(3, *size)[:, ~outside.numpy()]
+        if eight == CompressionType.INT8:
+            assert np.abs(inside - wanted).max() < 0.03
+        assert np.corrcoef(inside.ravel(), wanted.ravel())[0, 1] > 0.8
     for found in files:
-        assert not found["pred_mask"].reshape(3, *size)[:, outside.numpy()].any()
+        for name in ("anomaly_map", "pred_mask"):
+            assert not found[name].reshape(3, *size)[:, outside.numpy()].any()
 
 
 def test_each_class_looks_inside_only(small_clip: str, mixed: Path, tmp_path: Path) -> None:

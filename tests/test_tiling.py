@@ -163,10 +163,32 @@ def test_references_are_compared_tile_by_tile(count: int) -> None:
     apart = (torch.tensor(centres)[:, None] - torch.tensor(centres)).abs().amax(dim=-1) >= 2
     allowed = apart if count == 1 else owner[:, None] != owner
     expected = 0.5 * (1 - cosines.masked_fill(~allowed, -1).amax(dim=-1)).mean(dim=0)
-    found = network.tile_references.fit([torch.cat(tap) for tap in zip(*originals, strict=True)], count, places)
+    bank = network.tile_references
+    found = bank.fit_patches(torch.cat([bank.half_patches(original) for original in originals]), count, places)
     torch.testing.assert_close(found.flatten(), expected, atol=2e-3, rtol=0)
     network.set_references([images])
     torch.testing.assert_close(network.tile_references(originals[0])[0], torch.zeros(len(found[0])), atol=1e-3, rtol=0)
+
+
+def test_each_tile_of_a_picture_is_trained_on_as_a_picture() -> None:
+    """Loss and gradients are those of one batch of whole pictures and tiles, however many go through at once."""
+    images, masks, index = torch.randn(2, 3, *IMAGE), torch.rand(2, *IMAGE) > 0.8, torch.tensor([1, 0])
+    places = corners(IMAGE, TILE, 0.25)
+    windows = [np.s_[..., y : y + TILE[0], x : x + TILE[1]] for y, x in places]
+    small = resize(images, list(TILE), InterpolationMode.BICUBIC, antialias=True)
+    rows, columns = ((torch.arange(tile) * side // tile) for tile, side in zip(TILE, IMAGE, strict=True))
+    views = torch.cat([small, *(images[window] for window in windows)])
+    parts = torch.cat([masks[:, rows[:, None], columns], *(masks[window] for window in windows)])
+    plain = build(ClipAdSdpPlusModel, image_size=TILE)
+    expected = plain.loss(plain.taps(views).original, parts, index.repeat(len(views) // 2))
+    sum(expected).backward()
+    for most in (1, 5, 100):
+        network = tiled(ClipAdSdpPlusModel, tile_batch_size=most)
+        found = network.loss_of_pictures(images, masks, index)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        sum(found).backward()
+        for own, wanted in zip(network.adapter.parameters(), plain.adapter.parameters(), strict=True):
+            torch.testing.assert_close(own.grad, wanted.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_a_defect_on_a_seam_is_found() -> None:

@@ -49,10 +49,25 @@ def test_references_return_with_the_class(small_clip: str, category: Path, tmp_p
     assert torch.equal(model.model.tile_references.patches, kept)
 
 
-def test_training_with_tiles_is_refused(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="trained on whole pictures, since its layers look at single patches"):
+def test_training_on_pictures_of_one_tile_is_training_without_tiles(
+    small_clip: str, auxiliary_root: Path, tmp_path: Path
+) -> None:
+    """And on larger ones something else is learned, which a checkpoint of the same tiles takes."""
+    found, engines = [], []
+    for number, arguments in enumerate(({}, {"image_size": 32, "tile_size": 32}, TILES)):
+        torch.manual_seed(0)
+        model = ClipAdSdpPlus(backbone=small_clip, lr=1e-2, **{"visualizer": False, **arguments})
+        engines.append(new_engine(tmp_path / str(number), max_epochs=1))
+        engines[-1].fit(model, datamodule=auxiliary(auxiliary_root))
+        found.append(model.model.adapter.state_dict())
+    for key, value in found[0].items():
+        assert torch.equal(found[1][key], value)
+        assert not torch.equal(found[2][key], value)
+    again = ClipAdSdpPlus.load_from_checkpoint(weights(engines[2], "model.ckpt"), backbone=small_clip)
+    assert again.model.tile_size == (32, 32)
+    with pytest.raises(InputError, match="cache_features keeps the features of whole pictures"):
         new_engine(tmp_path, max_epochs=1).fit(
-            ClipAdSdpPlus(backbone=small_clip, **TILES), datamodule=auxiliary(auxiliary_root)
+            ClipAdSdpPlus(backbone=small_clip, **TILES), datamodule=auxiliary(auxiliary_root, cache_features=True)
         )
 
 

@@ -4,18 +4,15 @@ The bank holds tokens of CLIP's own path, as in WinCLIP+ (arXiv 2303.14814), APR
 (arXiv 2404.05231). :class:`anomalib_clipad.components.ReferenceFusion` joins its map with the text map.
 """
 
-import logging
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
+from anomalib_clipad.components.coreset import coreset
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 MOST_PATCHES = 10_000  # of a bank, a tap; 44 images at 240 pixels
 NEAR = 2  # patches, in rows and columns, from which on a patch lies outside of another's 3 x 3 neighbourhood
@@ -111,45 +108,64 @@ class ReferenceBank(Float32Buffers):
         self.means = torch.cat(means)
         self._prepare()
 
+    def half_patches(self, original: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What :meth:`fit_patches` takes of images: (B * N, taps, W) unit vectors in half precision.
+
+        Args:
+            original: One (B, N + 1, W) tensor a tap, tokens of CLIP's own path, class token first.
+
+        Raises:
+            InputError: If the tokens are of another shape, or not finite.
+        """
+        self._check(original)
+        with torch.autocast(original[0].device.type, enabled=False):
+            return torch.stack([_unit(tokens).half() for tokens in original], dim=2).flatten(0, 1)
+
+    def fit(self, original: Sequence[torch.Tensor], images: int | None = None) -> torch.Tensor:
+        """Take over the patches of whole normal images, see :meth:`fit_patches`.
+
+        Args:
+            original: One (turns * k, N + 1, W) tensor a tap, tokens of CLIP's own path, class token first: of k images
+                as they are, then of the same k images turned or flipped.
+            images: Number k of images; all are images of their own by default.
+
+        Raises:
+            InputError: If the tokens are of another shape, or not finite.
+        """
+        return self.fit_patches(self.half_patches(original), images or original[0].shape[0])
+
     @torch.no_grad()
-    def fit(
+    def fit_patches(
         self,
-        original: Sequence[torch.Tensor],
-        images: int | None = None,
+        patches: torch.Tensor,
+        images: int,
         places: torch.Tensor | None = None,
         inside: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Take over the patches of normal images.
 
+        At its peak the memory has, beside these, what is kept in half precision and twice in float32; before that,
+        where there are too many, what :func:`coreset` needs.
+
         Args:
-            original: One (turns * k * parts, N + 1, W) tensor a tap, tokens of CLIP's own path, class token first: the
-                parts of k images as they are, then of the same k images turned or flipped.
-            images: Number k of images; all are images of their own by default.
+            patches: (turns * k * parts * N, taps, W) of :meth:`half_patches`: of the parts of k images as they are,
+                then of the same k images turned or flipped.
+            images: Number k of images.
             places: (parts * N, 2), rows and columns of the patches of an image's parts; by default it is one part.
             inside: (turns * k * parts, N), true for the patches to be compared with; all by default.
 
         Returns:
             (k * parts, N) distances of every image's patches from those of the other images. A single image has no
             others: each patch is compared with those outside of its own 3 x 3 neighbourhood.
-
-        Raises:
-            InputError: If the tokens are of another shape, or not finite.
         """
-        self._check(original)
         count = self.grid[0] * self.grid[1]
-        places = _grid_places(self.grid) if places is None else places
+        places = (_grid_places(self.grid) if places is None else places).to(patches.device)
         parts = len(places) // count
-        images = images or original[0].shape[0] // parts
-        self.patches, self.counts = _patches(original).half(), self.counts[:0]
-        self.means = self.patches[:0]
+        number = self._choose(patches, inside)
+        self.counts, self.patches, self.means = self.counts[:0], patches, patches[:0]
+        if len(number) < len(patches):  # neighbours of some that are kept are gone, so the means are kept, too
+            self.patches, self.means = patches[number], self._means_of(patches, number)
         self._prepare()
-        whole = self.bank[:, :, : images * len(places)].unflatten(2, (-1, count))  # (2, taps, k * parts, N, W)
-        number = torch.arange(len(self.patches), device=self.patches.device)
-        if inside is not None and not inside.all():
-            number = self._keep(number, inside.flatten().nonzero()[:, 0])
-        if len(self.patches) > self.max_patches:
-            number = self._keep(number, self._coreset())
-        places = places.to(number.device)
         owner = number // len(places) % images
         place = places[number % len(places)]
 
@@ -160,11 +176,9 @@ class ReferenceBank(Float32Buffers):
             near = ((ours[:, None] - place).abs() < NEAR).all(dim=-1)  # (N, M)
             return ~near & (number < len(places))
 
+        ours = patches[: images * len(places)].split(count)
         return torch.cat(
-            [
-                self._distance(whole[:, :, part : part + 1], self.bank, comparable(part))
-                for part in range(whole.shape[2])
-            ]
+            [self._distance(self._compared(own), self.bank, comparable(part)) for part, own in enumerate(ours)]
         )
 
     def forward(self, original: Sequence[torch.Tensor], class_index: torch.Tensor | None = None) -> torch.Tensor:
@@ -221,34 +235,37 @@ class ReferenceBank(Float32Buffers):
 
     def _prepare(self) -> None:
         """Make what is compared from what is kept."""
-        taps, width = self.patches.shape[1:]
-        patches = F.normalize(self.patches.float(), dim=-1).transpose(0, 1)  # (taps, M, W)
         if len(self.means):
-            means = F.normalize(self.means.float(), dim=-1).transpose(0, 1)
+            kept = torch.stack([self.patches, self.means]).transpose(1, 2)
+            self.bank = F.normalize(kept.float(), dim=-1)
         else:
-            images = patches.reshape(-1, self.grid[0] * self.grid[1], width)
-            means = neighbourhood_means(images, self.grid).reshape(taps, -1, width)
-        self.bank = torch.stack([patches, means])
+            self.bank = self._compared(self.patches).flatten(2, 3)
         self._sizes = self.counts.tolist()  # known while exporting, where values of tensors are not
 
-    def _keep(self, number: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Keep some of the patches, with their means, since neighbours of some are gone."""
-        self.patches, self.means = self.patches[chosen], self.bank[1].transpose(0, 1)[chosen].half()
-        self._prepare()
-        return number[chosen]
+    def _compared(self, patches: torch.Tensor) -> torch.Tensor:
+        """What of whole images is compared: (b * N, taps, W) to patches and their means, (2, taps, b, N, W)."""
+        taps, width = patches.shape[1:]
+        units = F.normalize(patches.float(), dim=-1).transpose(0, 1)  # (taps, b * N, W)
+        images = units.reshape(-1, self.grid[0] * self.grid[1], width)
+        both = torch.stack([images, neighbourhood_means(images, self.grid)])
+        return both.unflatten(1, (taps, -1))
 
-    def _coreset(self) -> torch.Tensor:
-        """Numbers of the patches to keep, which are spread over all there are; the same ones each time."""
-        # Here, because anomalib.models imports our models (see ``plugin``), which need this file.
-        from anomalib.models.components.sampling import KCenterGreedy
+    def _choose(self, patches: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
+        """Numbers of the patches to keep: those inside, and of too many a coreset."""
+        number = torch.arange(len(patches), device=patches.device)
+        if inside is not None and not inside.all():
+            number = inside.flatten().nonzero()[:, 0].to(number.device)
+        return number if len(number) <= self.max_patches else coreset(patches, number, self.max_patches)
 
-        logger.info("Choosing %d of %d patches of the references.", self.max_patches, len(self.patches))
-        features = self.bank[0].transpose(0, 1).flatten(1)
-        with torch.random.fork_rng(devices=[features.device] if features.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            sampler: Any = KCenterGreedy(features, (self.max_patches + 0.5) / len(features))
-            sampler.model.random_state = np.random.RandomState(0)  # scikit-learn takes no newer kind of generator
-            return torch.as_tensor([int(index) for index in sampler.select_coreset_idxs()], device=features.device)
+    def _means_of(self, patches: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """Means of 3 x 3 patches around some, (M, taps, W) in half precision."""
+        count = self.grid[0] * self.grid[1]
+        means = patches.new_empty(len(number), *patches.shape[1:])
+        image = number // count
+        for part in image.unique().tolist():
+            whole = self._compared(patches[part * count : (part + 1) * count])[1, :, 0]  # (taps, N, W)
+            means[image == part] = whole[:, number[image == part] % count].transpose(0, 1).half()
+        return means
 
     def _check(self, original: Sequence[torch.Tensor]) -> None:
         taps, width = self.patches.shape[1:]
@@ -281,11 +298,6 @@ def _near(length: int, like: torch.Tensor) -> torch.Tensor:
     """(length, length), 1 where two places of a line are the same or neighbours."""
     places = torch.arange(length, device=like.device)
     return ((places[:, None] - places).abs() <= 1).to(like.dtype)
-
-
-def _patches(original: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Patches of unit length of all images, (M, taps, W), from one (B, N + 1, W) tensor a tap."""
-    return torch.stack([_unit(tokens) for tokens in original], dim=2).flatten(0, 1)
 
 
 def _unit(tokens: torch.Tensor) -> torch.Tensor:

@@ -8,32 +8,39 @@ from anomalib_clipad.errors import InputError
 
 
 class ReferenceTokens:
-    """Tokens of normal images, collected batch by batch for :meth:`ReferenceBank.fit`.
+    """Patches of normal images in half precision, collected batch by batch for :meth:`ReferenceBank.fit_patches`.
 
     Example:
         >>> tokens = ReferenceTokens()
         >>> for turn in (0, 1, 0, 1):
-        ...     tokens.add(turn, [torch.randn(2, 13, 8), torch.randn(2, 13, 8)])
-        >>> [tap.shape for tap in tokens.taps()]
-        [torch.Size([8, 13, 8]), torch.Size([8, 13, 8])]
+        ...     tokens.add(turn, torch.randn(2 * 12, 4, 8).half())
+        >>> tokens.patches().shape
+        torch.Size([96, 4, 8])
     """
 
     def __init__(self) -> None:
-        self._turns: dict[int, list[list[torch.Tensor]]] = {}
+        self._turns: dict[int, list[torch.Tensor]] = {}
 
-    def add(self, turn: int, original: list[torch.Tensor]) -> None:
-        """Add a batch, of images as they are if ``turn`` is 0: one (b, N + 1, W) tensor a tap."""
-        self._turns.setdefault(turn, []).append(original)
+    def add(self, turn: int, patches: torch.Tensor) -> None:
+        """Add those of a batch, of images as they are if ``turn`` is 0: (b * N, taps, W)."""
+        self._turns.setdefault(turn, []).append(patches)
 
     def extend(self, other: "ReferenceTokens") -> None:
         """Add those of further images."""
         for turn, batches in other._turns.items():
             self._turns.setdefault(turn, []).extend(batches)
 
-    def taps(self) -> list[torch.Tensor]:
-        """One tensor a tap, images as they are first."""
-        batches = [batch for _, turned in sorted(self._turns.items()) for batch in turned]
-        return [torch.cat(tap) for tap in zip(*batches, strict=True)]
+    def patches(self) -> torch.Tensor:
+        """All in one tensor, images as they are first; they are kept once, as parts of it."""
+        batches = [batch for turned in self._turns.values() for batch in turned]
+        rest = whole = batches[0].new_empty(sum(map(len, batches)), *batches[0].shape[1:])
+        del batches
+        for _, turned in sorted(self._turns.items()):
+            own, rest = rest.tensor_split([sum(map(len, turned))])
+            for part in own.split([len(batch) for batch in turned]):
+                part.copy_(turned.pop(0))  # each is given up once it is copied, so there are never two of all
+            turned.append(own)
+        return whole
 
 
 def reference_taps(wanted: Sequence[int] | None, suited: Sequence[int] | None, layers: Sequence[int]) -> list[int]:

@@ -231,9 +231,9 @@ class ReferenceFusion(Float32Buffers):
             number: Index of their class.
         """
         logits = _logit(text_scores)
-        values = [maps.double() for maps in (text_maps, reference_maps)]
-        mean = torch.stack([*(maps.mean() for maps in values), logits.double().mean()])
-        variance = torch.stack([*(maps.var(correction=0) for maps in values), logits.double().var(correction=0)])
+        # One after the other, since maps in float64 are large.
+        units = [torch.var_mean(values.double(), correction=0) for values in (text_maps, reference_maps, logits)]
+        variance, mean = (torch.stack(both) for both in zip(*units, strict=True))
         variance[2] += (1 - variance[2]) / (len(logits) + 1)
         self.mean[number] = mean.float()
         # A map that is flat on the references has no unit; rounding is not to become one.

@@ -48,6 +48,11 @@ class ViewScores(NamedTuple):
         """Several batches as one."""
         return cls(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*batches, strict=True)))  # type: ignore[arg-type]  # mypy loses the fields
 
+    def rows(self) -> list["ViewScores"]:
+        """The views one by one, each as a batch."""
+        rows = range(len(self.text_score))
+        return [ViewScores(*(None if part is None else part[row : row + 1] for part in self)) for row in rows]  # type: ignore[arg-type]  # likewise
+
 
 def tile_positions(length: int, tile: int, overlap: float) -> list[int]:
     """Where tiles of a line begin: evenly spread, the first and the last flush with its ends.

@@ -111,12 +111,6 @@ class WholeExportMixin(ExportMixin):
         _check_arguments(export_root, model_file_name, input_size)
         _check_packages("onnx", *ONNX_PACKAGES)
         self.prepare_export()
-        network = cast("Any", self.model)
-        if network.tile_size is not None and len(network.class_names) > 1:
-            msg = (
-                "Tiles of several classes are not exported to ONNX or OpenVINO; leave tile_size out, or name one class."
-            )
-            raise InputError(msg)
         logger.info("Tracing the model for ONNX, which takes up to a minute or two.")
         kwargs.setdefault("opset_version", OPSET)
         kwargs.setdefault("verbose", False)

@@ -211,9 +211,9 @@ class NormalImagesMixin(_Module):
         scored: list[Scores] = []
         if self._wants_references:
             chosen = self._choose(images, len(references))
+            used = len(chosen)
             with self._forward_context():
                 scored.append(self.model.set_references(self._batches(chosen), self.augment_references))
-            used = len(chosen)
         if post_processor is None:
             return
         if post_processor.false_alarm_rate is not None:
@@ -247,9 +247,10 @@ class NormalImagesMixin(_Module):
                 bar.update(len(batch))
 
     def _batches(self, images: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The images in batches; they are taken off the list, since large ones are not to be kept to the end."""
         with self._bar("Encoding references", len(images)) as bar:
-            for start in range(0, len(images), BATCH):
-                batch = torch.stack(images[start : start + BATCH])
+            while images:
+                batch = torch.stack([images.pop(0) for _ in range(min(BATCH, len(images)))])
                 yield batch.to(self.device)
                 bar.update(len(batch))
 

@@ -47,6 +47,11 @@ class TrainableNetwork(ZeroShotNetwork, Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Focal and Dice loss of taps against masks."""
 
+    def loss_of_pictures(
+        self, images: torch.Tensor, masks: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likewise of pictures and their tiles."""
+
 
 class AuxiliaryTrainingMixin(ZeroShotMixin):
     """Adds training on an :class:`anomalib_clipad.data.AuxiliaryDataModule`; its user calls :meth:`adopt_training`."""
@@ -107,13 +112,15 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
                 "sdp_plus_train_visa.yaml."
             )
             raise InputError(msg)
-        for name, found in (("tile_size", self.model.tile_size), ("region", self.model.region.given)):
-            if found is not None:
-                msg = (
-                    "SDP+ is trained on whole pictures, since its layers look at single patches; train without "
-                    f"{name}, and give the layers as adapter to a model with {name}."
-                )
-                raise InputError(msg)
+        if self.model.region.given is not None:
+            msg = (
+                "SDP+ is trained on whole pictures, since its layers look at single patches; train without region, and "
+                "give the layers as adapter to a model with region."
+            )
+            raise InputError(msg)
+        if self.model.tile_size is not None and data.cache_features:
+            msg = "cache_features keeps the features of whole pictures, not of tiles; leave it, or tile_size, out."
+            raise InputError(msg)
         self.trained_on = list(data.class_names)
         self.model.set_classes(data.class_names, words=False)  # which may be those of other classes
         data.cache(self._taps, f"{self.fingerprint} {self.model.visual.layers} {self.model.image_size}")
@@ -134,12 +141,11 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
     def training_step(self, batch: ZeroShotBatch, batch_idx: int = 0) -> STEP_OUTPUT:
         """Focal and Dice loss, summed over the taps."""
         del batch_idx
-        features = batch.features
-        if features is None:
-            with torch.no_grad():
-                features = self.model.visual(batch.image)
         masks = cast("torch.Tensor", batch.gt_mask)
-        focal, dice = self.model.loss(features.original, masks, batch.class_index)
+        if batch.features is None:
+            focal, dice = self.model.loss_of_pictures(cast("torch.Tensor", batch.image), masks, batch.class_index)
+        else:
+            focal, dice = self.model.loss(batch.features.original, masks, batch.class_index)
         loss = focal + dice
         parts = {"train_loss": loss, "train_focal": focal, "train_dice": dice}
         self.log_dict(parts, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(masks))

@@ -209,10 +209,10 @@ class FewShotNetwork(ClassTextFeatures):
     def _look_at(self, views: Iterable[torch.Tensor], turn: int, gathered: "_Gathered", number: int | None) -> None:
         for view in views:
             features = self.taps(view)
-            gathered.tokens.add(turn, self.reference_tokens(features))
+            gathered.tokens.add(turn, self.references.half_patches(self.reference_tokens(features)))
             if turn == 0:
                 own = None if number is None else torch.full((len(view),), number, device=view.device)
-                gathered.seen.append(self.compare(features, own))
+                gathered.seen += self.compare(features, own).rows()
 
     def _fit(
         self,
@@ -224,12 +224,22 @@ class FewShotNetwork(ClassTextFeatures):
     ) -> ViewScores:
         """Fill the banks of whole images and of tiles, and measure the units of a class, the first one by default."""
         with torch.autocast(self.text_features.device.type, enabled=False):
-            count = sum(len(seen.text_score) for seen in whole.seen)
+            count, parts = len(whole.seen), len(self.tiling)
             inside = self._patches_inside(augment)
             of_tiles = None
-            if tiles.seen:
+            if parts:
                 of_tiles = self._fit_bank(banks[1], tiles, count, inside, self.tiling.places(self.grid))
-            joined = self.tiling.join(self._fit_bank(banks[0], whole, count, inside), of_tiles, self.region.tiles)
+            of_whole = self._fit_bank(banks[0], whole, count, inside)
+            joined = ViewScores.cat(
+                [
+                    self.tiling.join(
+                        self._found(whole, of_whole, slice(k, k + 1)),
+                        None if of_tiles is None else self._found(tiles, of_tiles, slice(k * parts, (k + 1) * parts)),
+                        self.region.tiles,
+                    )
+                    for k in range(count)  # one by one, since the maps of all tiles are large
+                ]
+            )
             text_map, reference_map = (
                 self.region.values(maps) for maps in (joined.text_map, cast("torch.Tensor", joined.reference_map))
             )
@@ -243,19 +253,24 @@ class FewShotNetwork(ClassTextFeatures):
         images: int,
         inside: torch.Tensor | None,
         places: torch.Tensor | None = None,
-    ) -> ViewScores:
+    ) -> torch.Tensor:
+        """(images * parts, N) distances of the images' patches from those of the others."""
         if inside is not None:
             parts = inside[:, :1] if places is None else inside[:, 1:]  # (turns, parts, N)
             inside = parts[:, None].expand(-1, images, -1, -1).flatten(0, 2)
-        distances = bank.fit(gathered.tokens.taps(), images, places, inside)
-        return ViewScores.cat(gathered.seen)._replace(reference_map=self.enlarge_patches(distances))
+        return bank.fit_patches(gathered.tokens.patches(), images, places, inside)
+
+    def _found(self, gathered: "_Gathered", distances: torch.Tensor, views: slice) -> ViewScores:
+        """What was found in some views, compared with references, too."""
+        seen = ViewScores.cat(gathered.seen[views])
+        return seen._replace(reference_map=self.enlarge_patches(distances[views]))
 
 
 class _Gathered:
     """What the tower finds in the views of normal images, and the tokens of these and of the turned ones."""
 
     def __init__(self) -> None:
-        self.seen: list[ViewScores] = []
+        self.seen: list[ViewScores] = []  # of a view each
         self.tokens = ReferenceTokens()
 
     @classmethod

@@ -45,7 +45,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             in proportion to the square root of the area at other sizes; the paper's VisA runs use 2.
         tile_size: Side in pixels, or height and width, of tiles that pictures of image_size are cut into, so that small
             defects of large pictures are found; the backbone's own size is the sensible one. None for no tiles. Beside
-            the tiles, the whole picture is looked at in the size of a tile.
+            the tiles, the whole picture is looked at in the size of a tile. In training, each of them is a picture.
         tile_overlap: Share of a tile that the next one covers, too, at least; 0 to 0.9.
         tile_batch_size: Most tiles that go through the backbone at once, which bounds the memory.
         region: What of the pictures is looked at: the path of a mask picture of their shape, whose white counts, or

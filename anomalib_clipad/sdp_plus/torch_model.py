@@ -3,11 +3,14 @@
 CLIP-AD (arXiv 2311.00453), section 3.4.
 """
 
+from collections.abc import Iterable
+from itertools import chain, repeat
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from anomalib_clipad.components import DualPathFeatures
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale
@@ -76,6 +79,40 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
             focal = torch.stack([focal_loss(p, masks) for p in probabilities]).sum()
             dice = torch.stack([dice_loss(p[:, 1], masks) for p in probabilities]).sum()
         return focal, dice
+
+    def loss_of_pictures(
+        self, images: torch.Tensor, masks: torch.Tensor, class_index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likewise of pictures, each of whose tiles is one more picture.
+
+        Where pictures are cut, the tower runs again for the gradient, so that only the pixels of the views are kept.
+
+        Args:
+            images: (B, 3, H, W), as :meth:`forward` takes them.
+            masks: See :meth:`loss`.
+            class_index: See :meth:`loss`.
+        """
+        if not len(self.tiling):
+            return self._loss_of_views(images, masks, class_index)
+        planes, most = masks.as_subclass(torch.Tensor)[:, None].float(), self.tile_batch_size
+        views = chain(self.tiling.whole(images).split(most), self.tiling.tiles(images, most))
+        small = F.interpolate(planes, size=self.view_size, mode="nearest")
+        parts = chain(small.split(most), self.tiling.tiles(planes, most))
+        indices: Iterable[torch.Tensor | None] = repeat(None)
+        if class_index is not None:
+            of_tiles = class_index.repeat_interleave(len(self.tiling))
+            indices = chain(class_index.split(most), of_tiles.split(most))
+        losses = [
+            len(view) * torch.stack(checkpoint(self._loss_of_views, view, part[:, 0], index, use_reentrant=False))
+            for view, part, index in zip(views, parts, indices, strict=False)
+        ]
+        focal, dice = torch.stack(losses).sum(dim=0) / (len(images) * (1 + len(self.tiling)))
+        return focal, dice
+
+    def _loss_of_views(
+        self, views: torch.Tensor, masks: torch.Tensor, class_index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.loss(self.taps(views).original, masks, class_index)
 
     def linear_probabilities(self, original: list[torch.Tensor], text_features: torch.Tensor) -> list[torch.Tensor]:
         """What each layer thinks of every pixel.
