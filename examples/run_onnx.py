@@ -20,24 +20,32 @@ for path in (arguments.model, *arguments.pictures):
     if not path.is_file():
         parser.error(f"{path} is not a file; give the exported model.onnx and pictures that exist.")
 
+
+def remarks(found: dict[str, np.ndarray], facts: dict[str, list]) -> str:
+    """What a file with ``extra_outputs``, or one of several products, tells of a picture beside its score."""
+    words, classes, chosen = (
+        facts.get("defects", []),
+        facts.get("class_names", []),
+        int(found.get("class_index", [0])[0]),
+    )
+    told = [f"p-value {found['p_value'][0]:.3f}"] if "p_value" in found else []
+    if words and found["pred_label"][0]:  # attribution, not diagnosis
+        owners = facts.get("class_of_defect", [0] * len(words))
+        shares = zip(words, owners, found["defect_probabilities"][0], strict=True)
+        told += [f"{word} {share:.2f}" for word, owner, share in shares if owner == chosen]
+    return "".join(f", {one}" for one in [*told, *(f"of class {name}" for name in classes[chosen : chosen + 1])])
+
+
 arguments.output.mkdir(parents=True, exist_ok=True)
 session = onnxruntime.InferenceSession(arguments.model)
 names = [output.name for output in session.get_outputs()]
 facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
-words, classes = facts.get("defects", []), facts.get("class_names", [])
 for number, path in enumerate(arguments.pictures):
     picture = Image.open(path).convert("RGB")
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)[None] / 255  # any size: the model resizes
     found = dict(zip(names, session.run(names, {"input": pixels}), strict=True))
     label, score, marked = found["pred_label"][0], found["pred_score"][0], found["pred_mask"].mean()
-    more = f", p-value {found['p_value'][0]:.3f}" if "p_value" in found else ""
-    chosen = int(found["class_index"][0]) if "class_index" in found else 0
-    if label and words:  # attribution, not diagnosis
-        numbers = facts.get("class_of_defect", [0] * len(words))
-        shares = zip(words, numbers, found["defect_probabilities"][0], strict=True)
-        more += "".join(f", {word} {share:.2f}" for word, number, share in shares if number == chosen)
-    if classes:
-        more += f", of class {classes[chosen]}"
-    print(f"{path}: {'anomalous' if label else 'normal'}, score {score:.3f}, {marked:.1%} of it marked{more}")
+    verdict = f"{'anomalous' if label else 'normal'}, score {score:.3f}, {marked:.1%} of it marked"
+    print(f"{path}: {verdict}{remarks(found, facts)}")
     heatmap = Image.fromarray((255 * found["anomaly_map"][0]).astype(np.uint8)).resize(picture.size)
     heatmap.save(arguments.output / f"{number:03d}_{path.stem}.png")  # pictures of two folders can share a name

@@ -219,7 +219,7 @@ def test_without_any_class_an_object_is_assumed_with_a_warning(
 def test_eight_bits_give_similar_maps_in_less_room(
     exported: Exported, small_clip: str, category: Path, tmp_path: Path
 ) -> None:
-    model = type("ClipAdSdp", (OnceToOnnx, ClipAdSdp), {"written": exported.onnx})(backbone=small_clip)
+    model = type("OnceClipAdSdp", (OnceToOnnx, ClipAdSdp), {"written": exported.onnx})(backbone=small_clip)
     kind = CompressionType.INT8_PTQ
     path = new_engine(tmp_path).export(model, "openvino", tmp_path, compression_type=kind, datamodule=folder(category))
     assert model.model.class_names == ("widget",), "the class comes with the data"
