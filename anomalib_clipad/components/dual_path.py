@@ -197,16 +197,30 @@ def _dual_attention(
     """Query-key and value-value attention of one block: (B, N + 1, W) each, the former (B, 1, W) if ``class_only``."""
     attention, width = block.attn, n.shape[-1]
     weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
-    if class_only:
-        (q,) = _split(F.linear(n[:, :1], weight[:width], bias[:width]), 1, heads)
-        k, v = _split(F.linear(n, weight[width:], bias[width:]), 2, heads)
-    else:
-        q, k, v = _split(F.linear(n, weight, bias), 3, heads)
 
     def out(tokens: torch.Tensor) -> torch.Tensor:
         return block.ls_1(attention.out_proj(tokens.transpose(1, 2).flatten(2)))
 
+    if class_only:
+        (v,) = _split(F.linear(n, weight[-width:], bias[-width:]), 1, heads)
+        return out(_class_attention(attention, n, v)), out(attend(v, v, v))
+    q, k, v = _split(F.linear(n, weight, bias), 3, heads)
     return out(attend(q, k, v)), out(attend(v, v, v))
+
+
+def _class_attention(attention: nn.MultiheadAttention, n: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Query-key attention of the class token alone, (B, heads, 1, d), without the keys of all tokens.
+
+    A token's key times the query is the token times the query that went through the keys' weight. The keys' bias adds
+    the same to all logits, which the softmax takes away.
+    """
+    width, heads = n.shape[-1], attention.num_heads
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    (q,) = _split(F.linear(n[:, :1], weight[:width], bias[:width]), 1, heads)  # (B, heads, 1, d)
+    keys = weight[width : 2 * width].unflatten(0, (heads, -1))  # (heads, d, W)
+    through = (q * q.shape[-1] ** -0.5) @ keys  # (B, heads, 1, W)
+    logits = through[:, :, 0] @ n.mT  # (B, heads, N + 1)
+    return logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype)[:, :, None] @ v
 
 
 def _split(tokens: torch.Tensor, parts: int, heads: int) -> torch.Tensor:
