@@ -1,6 +1,6 @@
 """Time and memory until a model is ready: its vision weights read, its text vectors at hand.
 
-    python benchmarks/start.py > benchmarks/start.md     # on Linux
+    python benchmarks/start.py     # on Linux
 
 Random weights of the default backbone are written to a temporary folder and read by new processes, whose imports are
 not counted. The table goes to standard output.
