@@ -189,7 +189,7 @@ def test_fewer_bits_give_the_same_figures(textures: Path, tmp_path: Path) -> Non
 
     exact = figures("32-true")
     assert len(exact) == 9
-    for precision in ("bf16-true", "16-true"):
+    for precision in ("bf16-true", "bf16-mixed", "16-true"):
         assert figures(precision) == pytest.approx(exact, abs=0.005), precision
 
 

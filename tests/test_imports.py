@@ -21,10 +21,11 @@ def modules_after(*statements: str) -> set[str]:
     "first",
     [
         f"{FIND_SPEC}; import anomalib_clipad.components",
+        "import anomalib_clipad.data",
         "import anomalib_clipad.engine.export",
         "import anomalib_clipad.sdp.torch_model",
     ],
-    ids=["parts", "engine", "network"],
+    ids=["parts", "data", "engine", "network"],
 )
 def test_models_are_found_whatever_is_imported_first_and_leave_the_demonstration_alone(first: str) -> None:
     """The demonstration needs scikit-image, which a model does not."""

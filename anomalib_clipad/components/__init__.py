@@ -11,16 +11,10 @@ from anomalib_clipad.components.image_size import keep_shape
 from anomalib_clipad.components.naming_figures import NamingFigures
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.reference import ReferenceBank
+from anomalib_clipad.components.reference_fusion import ReferenceFusion
 from anomalib_clipad.components.region import Region, RegionOfPictures
 from anomalib_clipad.components.representative_vector import select_representative_vector
-from anomalib_clipad.components.scores import (
-    MapScale,
-    Prediction,
-    ReferenceFusion,
-    ScoreFusion,
-    Scores,
-    text_score,
-)
+from anomalib_clipad.components.scores import MapScale, Prediction, ScoreFusion, Scores, text_score
 from anomalib_clipad.components.smoothing import GaussianSmoothing
 from anomalib_clipad.components.surgery import feature_surgery
 from anomalib_clipad.components.text_encoder import TextEncoder

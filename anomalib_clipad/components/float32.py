@@ -41,8 +41,8 @@ class Float32Buffers(nn.Module):
         self,
         state_dict: MutableMapping[str, torch.Tensor],
         prefix: str,
-        *args: Any,  # noqa: ANN401 - torch's
-        **kwargs: Any,  # noqa: ANN401 - torch's
+        *args: Any,  # noqa: ANN401 - handed on to torch's method
+        **kwargs: Any,  # noqa: ANN401 - handed on to torch's method
     ) -> None:
         for name in self.growing:
             if self.added:

@@ -282,8 +282,8 @@ class ReferenceBank(Float32Buffers):
         self,
         state_dict: MutableMapping[str, torch.Tensor],
         prefix: str,
-        *args: Any,  # noqa: ANN401 - torch's
-        **kwargs: Any,  # noqa: ANN401 - torch's
+        *args: Any,  # noqa: ANN401 - handed on to torch's method
+        **kwargs: Any,  # noqa: ANN401 - handed on to torch's method
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._prepare()

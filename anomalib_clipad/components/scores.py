@@ -12,12 +12,6 @@ from anomalib_clipad.components.surgery import margin
 
 LOGIT_SCALE = 100.0  # CLIP's own temperature
 
-# Of images with references, see ReferenceFusion.
-LIMIT = 20.0  # units, which no map exceeds, however regular the normal images are
-LARGEST_SHARE = 0.1  # of a map's pixels, whose mean is the map's score
-TEXT_WEIGHT = 0.25  # of the text score beside the map's, both in units of the normal images
-LOGIT_BOUND = 1e-6  # text scores nearer to 0 or 1 count as this
-
 
 class Scores(NamedTuple):
     """What the method gives for a batch, before the two scores become one.
@@ -183,119 +177,16 @@ class ScoreFusion(Float32Buffers):
         self,
         state_dict: MutableMapping[str, torch.Tensor],
         prefix: str,
-        *args: Any,  # noqa: ANN401 - torch's
-        **kwargs: Any,  # noqa: ANN401 - torch's
+        *args: Any,  # noqa: ANN401 - handed on to torch's method
+        **kwargs: Any,  # noqa: ANN401 - handed on to torch's method
     ) -> None:
-        _of_classes(state_dict, prefix, self.growing)
+        with_classes(state_dict, prefix, self.growing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class ReferenceFusion(Float32Buffers):
-    """One map from two and one score from two, each in units of what it does on the normal images of its class.
-
-    A value's unit is its standard deviation over the references, counted from its mean there. So a map that fires on
-    normal images too has less to say. No test statistics are used. The map is the sum of both; the image score is made
-    of the reference map and the text score, as in WinCLIP+ (arXiv 2303.14814). Units, the share of a map that is looked
-    at, and the text score's weight are ours; figures are in ``benchmarks/references.md``.
-
-    Example:
-        >>> fusion = ReferenceFusion()
-        >>> fusion.fit(torch.rand(4, 64), torch.rand(4, 64), torch.rand(4))
-        >>> text_units, reference_units = fusion.units(torch.rand(2, 8, 8), torch.rand(2, 8, 8))
-        >>> fusion.fuse_scores(torch.rand(2), fusion.map_score(reference_units.flatten(1))).shape
-        torch.Size([2])
-    """
-
-    growing = ("mean", "std")
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # (classes, 3), of the text map, the reference map, and the text score's logit.
-        self.register_buffer("mean", torch.zeros(1, 3))
-        self.register_buffer("std", torch.ones(1, 3))
-
-    def fit(
-        self, text_maps: torch.Tensor, reference_maps: torch.Tensor, text_scores: torch.Tensor, number: int = 0
-    ) -> None:
-        """Measure the units.
-
-        The logits are few, so one more, a logit away from their mean, is added to their variance.
-
-        Args:
-            text_maps: (k, n), of the references' n pixels.
-            reference_maps: (k, n), of each compared with the others.
-            text_scores: (k,) in [0, 1].
-            number: Index of their class.
-        """
-        logits = _logit(text_scores)
-        # One after the other, since maps in float64 are large.
-        units = [torch.var_mean(values.double(), correction=0) for values in (text_maps, reference_maps, logits)]
-        variance, mean = (torch.stack(both) for both in zip(*units, strict=True))
-        variance[2] += (1 - variance[2]) / (len(logits) + 1)
-        self.mean[number] = mean.float()
-        # A map that is flat on the references has no unit; rounding is not to become one.
-        self.std[number] = variance.sqrt().clamp(min=1e-6).float()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: MutableMapping[str, torch.Tensor],
-        prefix: str,
-        *args: Any,  # noqa: ANN401 - torch's
-        **kwargs: Any,  # noqa: ANN401 - torch's
-    ) -> None:
-        self.reset()  # which stays where a version without references has written the state dict
-        for name in self.growing:
-            state_dict.setdefault(prefix + name, getattr(self, name))
-        _of_classes(state_dict, prefix, self.growing)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def reset(self, classes: int = 1) -> None:
-        """Have no units, for so many classes from now on."""
-        self.mean, self.std = self.mean.new_zeros(classes, 3), self.std.new_ones(classes, 3)
-
-    def units(
-        self, text_map: torch.Tensor, reference_map: torch.Tensor, class_index: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both maps (B, H, W) in their units u, each as u / (1 + abs(u) / 20): neither outvotes the other in a sum."""
-        mean, std = (rows_of(values, class_index, dims=2)[..., :2] for values in (self.mean, self.std))
-        units = (torch.stack([text_map, reference_map], dim=-1) - mean) / std
-        text_units, reference_units = (units / (1 + units.abs() / LIMIT)).unbind(dim=-1)
-        return text_units, reference_units
-
-    @staticmethod
-    def map_score(values: torch.Tensor, area: int | None = None) -> torch.Tensor:
-        """Mean of the largest values of a map.
-
-        Args:
-            values: (B, n), the map's n pixels.
-            area: Pixels of which a tenth is looked at, at most all; all by default. A tile's, where a defect is to be
-                found that is small beside the picture.
-
-        Returns:
-            (B,).
-        """
-        looked_at = min(area or values.shape[1], values.shape[1])
-        return values.topk(max(1, round(LARGEST_SHARE * looked_at)), dim=1).values.mean(dim=1)
-
-    def fuse_scores(
-        self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The image score, (B,): the reference map's score and a quarter of the text score's logit in its unit."""
-        mean, std = (rows_of(values, class_index)[..., 2] for values in (self.mean, self.std))
-        return map_score + TEXT_WEIGHT * (_logit(text_score) - mean) / std
-
-
-def _of_classes(state_dict: MutableMapping[str, torch.Tensor], prefix: str, names: Sequence[str]) -> None:
+def with_classes(state_dict: MutableMapping[str, torch.Tensor], prefix: str, names: Sequence[str]) -> None:
     """Give values that a version of one class has written the dimension of the classes."""
     for name in names:
         value = state_dict.get(prefix + name)
         if isinstance(value, torch.Tensor) and value.ndim == 1:
             state_dict[prefix + name] = value[None]
-
-
-def _logit(score: torch.Tensor) -> torch.Tensor:
-    bounded = score.clamp(LOGIT_BOUND, 1 - LOGIT_BOUND)
-    return (bounded / (1 - bounded)).log()

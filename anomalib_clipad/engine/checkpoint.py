@@ -153,7 +153,7 @@ class CheckpointMixin(_Module):
         except UNREADABLE as error:
             raise InputError(_damaged(checkpoint_path, error)) from error
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - torch's
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as torch has it
         """Load a state dict, also one without the CLIP, as checkpoints have it."""
         own = {key: value for key, value in self.state_dict().items() if key.startswith((*NOT_SAVED, EXTRA_STATE))}
         return super().load_state_dict({**own, **_moved(state_dict)}, *args, **kwargs)

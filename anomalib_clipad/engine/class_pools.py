@@ -31,6 +31,7 @@ else:
 logger = logging.getLogger(__name__)
 
 LEAST = 3  # normal images of a class that has thresholds of its own
+TOO_FEW = "%r has %d normal image%s, and thresholds of its own take %d; it has those of all classes together."
 Limits = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -219,12 +220,9 @@ class ClassPoolsMixin(_PostProcessor):
         both = self._pixel_threshold_metric, self._pixel_min_max_metric
         for number, name in enumerate(names):
             if number in few:
-                count = pools[number].normal_images
-                words = (
-                    "%r has %d normal image%s, and thresholds of its own take %d; it has those of all classes together."
-                )
                 if not more_follow:
-                    logger.warning(words, name, count, "" if count == 1 else "s", LEAST)
+                    count = pools[number].normal_images
+                    logger.warning(TOO_FEW, name, count, "" if count == 1 else "s", LEAST)
                 continue
             self._take_values(before[number])
             self.good_scores = shared_good[:0]
