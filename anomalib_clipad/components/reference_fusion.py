@@ -55,7 +55,7 @@ class ReferenceFusion(Float32Buffers):
             text_scores: (k,) in [0, 1].
             number: Index of their class.
         """
-        logits = _logit(text_scores)
+        logits = text_scores.logit(eps=LOGIT_BOUND)
         # One after the other, since maps in float64 are large.
         units = [torch.var_mean(values.double(), correction=0) for values in (text_maps, reference_maps, logits)]
         variance, mean = (torch.stack(both) for both in zip(*units, strict=True))
@@ -110,9 +110,4 @@ class ReferenceFusion(Float32Buffers):
     ) -> torch.Tensor:
         """The image score, (B,): the reference map's score and a quarter of the text score's logit in its unit."""
         mean, std = (rows_of(values, class_index)[..., 2] for values in (self.mean, self.std))
-        return map_score + TEXT_WEIGHT * (_logit(text_score) - mean) / std
-
-
-def _logit(score: torch.Tensor) -> torch.Tensor:
-    bounded = score.clamp(LOGIT_BOUND, 1 - LOGIT_BOUND)
-    return (bounded / (1 - bounded)).log()
+        return map_score + TEXT_WEIGHT * (text_score.logit(eps=LOGIT_BOUND) - mean) / std
