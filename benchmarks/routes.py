@@ -12,6 +12,7 @@ are those to torch eager in float32, a map's as a share of the range of all maps
 import argparse
 import copy
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -179,13 +180,19 @@ def matrix_rate() -> float:
 
 
 def operations(call: Callable[[], object]) -> float:
-    """Floating-point operations of a call, by torch's counter, which leaves out the attention of CPUs."""
+    """Floating-point operations of a call, by torch's counter, which leaves out two kernels of CPUs."""
 
     def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
         return sdpa_flop_count(q, k, v)
 
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: attention}) as counter:
+    def linear(tokens: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+        return 2 * math.prod(tokens) * weight[0]
+
+    kernels = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.mkldnn._linear_pointwise: linear,
+    }
+    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         call()
     return counter.get_total_flops()
 

@@ -10,9 +10,9 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from timm.layers import resample_abs_pos_embed
 from torch import nn
-from torch.nn import functional as F
 
 from anomalib_clipad.components.attention import attend
+from anomalib_clipad.components.linear import linear
 from anomalib_clipad.errors import InputError
 
 STAGES = 4
@@ -164,7 +164,7 @@ class DualPathVisionTransformer(nn.Module):
                 return
             s = surgery if (index - 1) % self.stage_length == 0 else s + surgery
             del attended, surgery  # whose memory the feed-forward can use
-            h = m + block.ls_2(block.mlp(block.ln_2(m)))
+            h = m + block.ls_2(_feed_forward(block, block.ln_2(m)))
         yield tap(s, h)  # the tower's last block has no next one
 
     def _check_images(self, images: torch.Tensor) -> None:
@@ -199,12 +199,12 @@ def _dual_attention(
     weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
 
     def out(tokens: torch.Tensor) -> torch.Tensor:
-        return block.ls_1(attention.out_proj(tokens.transpose(1, 2).flatten(2)))
+        return block.ls_1(linear(tokens.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias))
 
     if class_only:
-        (v,) = _split(F.linear(n, weight[-width:], bias[-width:]), 1, heads)
+        (v,) = _split(linear(n, weight[-width:], bias[-width:]), 1, heads)
         return out(_class_attention(attention, n, v)), out(attend(v, v, v))
-    q, k, v = _split(F.linear(n, weight, bias), 3, heads)
+    q, k, v = _split(linear(n, weight, bias), 3, heads)
     return out(attend(q, k, v)), out(attend(v, v, v))
 
 
@@ -216,11 +216,17 @@ def _class_attention(attention: nn.MultiheadAttention, n: torch.Tensor, v: torch
     """
     width, heads = n.shape[-1], attention.num_heads
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    (q,) = _split(F.linear(n[:, :1], weight[:width], bias[:width]), 1, heads)  # (B, heads, 1, d)
+    (q,) = _split(linear(n[:, :1], weight[:width], bias[:width]), 1, heads)  # (B, heads, 1, d)
     keys = weight[width : 2 * width].unflatten(0, (heads, -1))  # (heads, d, W)
     through = (q * q.shape[-1] ** -0.5) @ keys  # (B, heads, 1, W)
     logits = through[:, :, 0] @ n.mT  # (B, heads, N + 1)
     return logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype)[:, :, None] @ v
+
+
+def _feed_forward(block: ResidualAttentionBlock, n: torch.Tensor) -> torch.Tensor:
+    for layer in block.mlp:
+        n = linear(n, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(n)
+    return n
 
 
 def _split(tokens: torch.Tensor, parts: int, heads: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from anomalib_clipad.components.coreset import coreset
 from anomalib_clipad.components.float32 import Float32Buffers
+from anomalib_clipad.components.linear import linear
 from anomalib_clipad.errors import InputError
 
 MOST_PATCHES = 10_000  # of a bank, a tap; 44 images at 240 pixels
@@ -226,7 +227,7 @@ class ReferenceBank(Float32Buffers):
             for tokens, references in zip(kind, ours, strict=True):
                 largest = tokens.new_full(tokens.shape[:-1], -1.0)
                 for start in range(0, len(references), CHUNK):
-                    cosines = tokens @ references[start : start + CHUNK].T  # (B, N, CHUNK)
+                    cosines = linear(tokens, references[start : start + CHUNK])  # (B, N, CHUNK)
                     if comparable is not None:
                         cosines = cosines.masked_fill(~comparable[:, start : start + CHUNK], -1.0)
                     largest = torch.maximum(largest, cosines.amax(dim=-1))

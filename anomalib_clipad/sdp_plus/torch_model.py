@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from anomalib_clipad.components import DualPathFeatures
+from anomalib_clipad.components.linear import linear
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale
 from anomalib_clipad.components.surgery import margin
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
@@ -135,7 +136,7 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         text = margin(text_features.float()).expand(original[0].shape[0], -1, -1)  # (B, 1, D)
         taps = []
         for layer, tokens in zip(cast("list[nn.Linear]", self.adapter), original, strict=True):
-            patches = F.linear(tokens[:, 1:].float(), layer.weight.float(), layer.bias.float())  # (B, N, D)
+            patches = linear(tokens[:, 1:].float(), layer.weight.float(), layer.bias.float())  # (B, N, D)
             logits = LOGIT_SCALE * F.normalize(patches, dim=-1) @ text.transpose(1, 2)  # (B, N, 1)
             taps.append(logits.transpose(1, 2).unflatten(2, self.grid))
         return taps

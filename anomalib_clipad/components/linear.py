@@ -1,0 +1,46 @@
+"""Linear layers of frozen weights, by the kernel that is fastest where it runs."""
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import has_torch_function
+
+# torch multiplies float32 by MKL, which on CPUs of AMD takes up to a quarter longer than oneDNN, whose kernel torch has
+# for torch.compile. Other CPUs were not measured and keep torch's choice.
+_CPU: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+_AMD = "AMD" in str(_CPU.get("cpu_name"))
+_MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _AMD and _MKL else None
+
+
+def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Linear layer, ``tokens weight^T + bias``; fast where no gradients are recorded.
+
+    Args:
+        tokens: (..., W).
+        weight: (D, W).
+        bias: (D,), if there is one.
+
+    Returns:
+        (..., D).
+
+    Example:
+        >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.0, 1.0]))
+        tensor([[3., 8.]])
+    """
+    if _ONEDNN is None or not _can_be_fast(tokens, weight):
+        return F.linear(tokens, weight, bias)
+    product: torch.Tensor = _ONEDNN(tokens, weight, bias, "none", [], "")
+    return product
+
+
+def _can_be_fast(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN's kernel, which has no gradients and no place in exported files, does what is asked for."""
+    return (
+        tokens.dtype == weight.dtype == torch.float32
+        and tokens.device.type == weight.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not has_torch_function((tokens, weight))
+    )

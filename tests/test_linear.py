@@ -1,0 +1,87 @@
+"""Linear layers by the fastest kernel: the same numbers, and torch's own where that kernel cannot serve."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from anomalib_clipad.components.linear import linear
+
+IN, OUT = 24, 40
+
+
+@pytest.fixture
+def weights() -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a layer."""
+    torch.manual_seed(0)
+    return torch.randn(OUT, IN), torch.randn(OUT)
+
+
+TOKENS = {
+    "images": torch.randn(2, 7, IN),
+    "one row": torch.randn(1, 1, IN),
+    "no image": torch.randn(0, 7, IN),
+    "turned": torch.randn(2, IN, 7).transpose(1, 2),
+    "without the first": torch.randn(2, 8, IN)[:, 1:],
+    "every second": torch.randn(2, 7, 2 * IN)[..., ::2],
+    "repeated": torch.randn(1, 1, IN).expand(2, 7, IN),
+    "a row alone": torch.randn(IN),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_equals_float64(kind: str, with_bias: bool, weights: tuple[torch.Tensor, torch.Tensor]) -> None:
+    tokens, (weight, bias) = TOKENS[kind], weights
+    expected = tokens.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    part = torch.cat([torch.full((3, IN), torch.nan), weight])[3:]  # as the values' part of an in-projection
+    with torch.no_grad():
+        found = linear(tokens, part, bias if with_bias else None)
+    assert found.dtype == torch.float32
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+
+
+def test_images_do_not_depend_on_each_other(weights: tuple[torch.Tensor, torch.Tensor]) -> None:
+    tokens = torch.randn(5, 7, IN)
+    broken = tokens.clone()
+    broken[3] = torch.nan
+    with torch.no_grad():
+        whole, rest = linear(tokens, *weights), linear(broken, *weights)
+        for image in range(5):
+            assert torch.equal(linear(tokens[image : image + 1], *weights)[0], whole[image])
+    assert rest[3].isnan().all()
+    assert torch.equal(rest[[0, 1, 2, 4]], whole[[0, 1, 2, 4]])
+
+
+def test_gradients_flow_where_they_are_recorded() -> None:
+    tokens, layer = torch.randn(2, 7, IN), nn.Linear(IN, OUT)
+    found = torch.autograd.grad(linear(tokens, layer.weight, layer.bias).square().sum(), layer.weight)[0]
+    expected = torch.autograd.grad(F.linear(tokens, layer.weight, layer.bias).square().sum(), layer.weight)[0]
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_other_precisions(weights: tuple[torch.Tensor, torch.Tensor]) -> None:
+    tokens, (weight, bias) = torch.randn(2, 7, IN), weights
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(tokens, weight, bias).dtype == torch.bfloat16
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        found = linear(tokens.to(dtype), weight.to(dtype), bias.to(dtype))
+        assert torch.equal(found, F.linear(tokens.to(dtype), weight.to(dtype), bias.to(dtype)))
+
+
+@torch.no_grad()
+def test_exported_programs_hold_standard_operations(weights: tuple[torch.Tensor, torch.Tensor]) -> None:
+    class Layer(nn.Module):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return linear(tokens, *weights)
+
+    tokens = torch.randn(2, 7, IN)
+    program = torch.export.export(Layer(), (tokens,), strict=True)  # traced as by torch.compile
+    assert not [node for node in program.graph.nodes if "mkldnn" in str(node.target)]
+    traced = torch.jit.trace(Layer(), (tokens,))
+    assert "mkldnn" not in str(traced.graph)
+    torch.jit.save(traced, io.BytesIO())
