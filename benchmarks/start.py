@@ -24,15 +24,22 @@ BACKBONE = "ViT-B-16-plus-240"
 ROUNDS = 5
 LIMITS = {"time": 1.2, "memory": 1.1}
 
-READ = """
+READ = {
+    ".safetensors": """
 with safe_open(path, framework="pt") as file:
     kept = {key: file.get_tensor(key).clone() for key in file.keys() if key.startswith("visual.")}
-"""
+""",
+    ".pt": """
+state = torch.load(path, mmap=True, weights_only=True)
+kept = {key: value.clone() for key, value in state.items() if key.startswith("visual.")}
+""",
+}
 START = """
 model = ClipAdSdpModel(pretrained=path, class_names=["bottle"])
 """
 PROGRAM = """
 import json, os, pathlib, re, sys, time
+import torch
 from safetensors import safe_open
 from anomalib_clipad.sdp import ClipAdSdpModel
 import sklearn.cluster  # anomalib has imported it by then
@@ -72,8 +79,7 @@ def lines(rounds: int = ROUNDS) -> Iterator[Line]:
             size = path.stat().st_size / 2**20
             first, _ = measure(START, path, cache, rounds=1)
             runs = [
-                (measure(READ, Path(folder) / "weights.safetensors", cache, 1)[0], *measure(START, path, cache, 1))
-                for _ in range(rounds)
+                (measure(READ[path.suffix], path, cache, 1)[0], *measure(START, path, cache, 1)) for _ in range(rounds)
             ]  # in turn, because a disk is as fast as others let it be
             read, second, memory = (statistics.median(column) for column in zip(*runs, strict=True))
             ratio = statistics.median(start / read for read, start, _ in runs)

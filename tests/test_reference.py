@@ -1,6 +1,7 @@
 """References: distances to the nearest patch of normal images, against loops in float64."""
 
 import itertools
+import math
 import weakref
 
 import pytest
@@ -172,9 +173,13 @@ def test_units_are_those_of_the_references() -> None:
 
     logits = torch.logit(scores.double())
     variance = (((logits - logits.mean()) ** 2).sum() + 1) / 5
-    unit = (torch.logit(torch.tensor(0.9, dtype=torch.float64)) - logits.mean()) / variance.sqrt()
-    ours = fusion.fuse_scores(torch.tensor([0.9, 0.9]), largest.float())
-    torch.testing.assert_close(ours.double(), largest + unit / 4, atol=1e-5, rtol=0)
+    scored = [(0.9, 2.0), (0.9, -1.5), (0.1, 2.0), (0.1, -1.5)]  # text above and below that of normal images
+    unit = float((torch.logit(torch.tensor(0.9, dtype=torch.float64)) - logits.mean()) / variance.sqrt())
+    wanted = torch.tensor([math.hypot(2.0, unit / 2), unit / 2 - 1.5, 2.0, -1.5], dtype=torch.float64)
+    ours = fusion.fuse_scores(*map(torch.tensor, zip(*scored, strict=True)))
+    torch.testing.assert_close(ours.double(), wanted, atol=1e-5, rtol=0)
+    broken = fusion.fuse_scores(torch.tensor([torch.nan, 0.9, 0.9]), torch.tensor([1.0, torch.nan, 1.0]))
+    assert broken.isnan().tolist() == [True, True, False]
 
 
 def test_flat_maps_and_certain_texts_stay_finite() -> None:

@@ -114,8 +114,8 @@ def fill_clip(clip: nn.Module, path: Path, trusted: bool = False) -> Callable[[]
             bytes_read = state[name].nbytes
             if mapped > SPARE * size and filled + mapped + bytes_read > size:
                 state, mapped = read(chosen, copies), 0
-            tensor = check_tensors({name: state[name]}, {name: expected[name]}, what, advice)[name]
-            copies[name] = tensor.to(expected[name].dtype, copy=True)
+            copy = {name: state[name].to(expected[name].dtype, copy=True)}
+            copies |= check_tensors(copy, {name: expected[name]}, what, advice)  # which the cache still has
             filled, mapped = filled + bytes_read, mapped + bytes_read
         clip.load_state_dict(copies, strict=False, assign=True)
         return [name for name in state if not chosen(name)], filled

@@ -11,7 +11,7 @@ from anomalib_clipad.components.scores import with_classes
 
 LIMIT = 20.0  # units, which no map exceeds, however regular the normal images are
 LARGEST_SHARE = 0.1  # of a map's pixels, whose mean is the map's score
-TEXT_WEIGHT = 0.25  # of the text score beside the map's, both in units of the normal images
+TEXT_WEIGHT = 0.5  # of the text score beside the map's, both in units of the normal images
 LOGIT_BOUND = 1e-6  # text scores nearer to 0 or 1 count as this
 
 
@@ -21,7 +21,7 @@ class ReferenceFusion(Float32Buffers):
     A value's unit is its standard deviation over the references, counted from its mean there. So a map that fires on
     normal images too has less to say. No test statistics are used. The map is the sum of both; the image score is made
     of the reference map and the text score, as in WinCLIP+ (arXiv 2303.14814). Units, the share of a map that is looked
-    at, and the text score's weight are ours; figures are in ``benchmarks/references.md``.
+    at, and how the two scores are joined are ours; figures are in ``benchmarks/references.md``.
 
     Example:
         >>> fusion = ReferenceFusion()
@@ -108,6 +108,12 @@ class ReferenceFusion(Float32Buffers):
     def fuse_scores(
         self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The image score, (B,): the reference map's score and a quarter of the text score's logit in its unit."""
+        """The image score, (B,): the root of the two scores' squares, the text score's with half the weight.
+
+        The text score counts as its logit, in its unit. A score that is below that of normal images adds nothing: it
+        is no evidence that what the other one found is none. A map's score below 0 stays as it is.
+        """
         mean, std = (rows_of(values, class_index)[..., 2] for values in (self.mean, self.std))
-        return map_score + TEXT_WEIGHT * (text_score.logit(eps=LOGIT_BOUND) - mean) / std
+        text = TEXT_WEIGHT * (text_score.logit(eps=LOGIT_BOUND) - mean) / std
+        above = (map_score.clamp(min=0).square() + text.clamp(min=0).square()).sqrt()
+        return above + map_score.clamp(max=0)
