@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import anomalib_clipad
 from anomalib_clipad.components import DualPathVisionTransformer, PromptEnsemble, TextEncoder, load_backbone
+from anomalib_clipad.components.coreset import coreset
 from anomalib_clipad.sdp import ClipAdSdpModel
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel
 
@@ -43,12 +44,15 @@ LIMITS = {
     "memory of SDP, 4 references / encode_image": 1.4,
     "memory of SDP, 16 references / encode_image": 1.4,
     "memory of SDP+ training / testing": 1.3,
+    "memory of choosing references / their features": 8.0,
     "bank of 4 references": 7.0,
     "start of Python, added": 1.0,
 }
 
 
 REFERENCES = (4, 16)
+CHOICE = 12_000, 10_000  # patches there are, and patches kept
+FEATURES = 256  # of each; more are projected to about 300
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -108,6 +112,16 @@ def _work_memory(backbone: str, batch_size: int, work: str) -> float:
     before = _status("VmRSS")
     calls[work](images)
     return _status("VmHWM") - before
+
+
+def _choice_memory(patches: int, kept: int) -> tuple[float, float]:
+    """MiB that the choice of patches adds to a fresh process at its peak, and MiB of their features."""
+    tokens = torch.randn(patches, 1, FEATURES).half()
+    coreset(tokens[:20], torch.arange(20), 10)  # imports
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    coreset(tokens, torch.arange(patches), kept)
+    return _status("VmHWM") - before, patches * FEATURES * 4 / 2**20
 
 
 def _status(key: str) -> float:
@@ -201,6 +215,11 @@ def lines(backbone: str, batch_sizes: list[int], pairs: int = 7, with_winclip: b
 
     train, test = (peak_memory(backbone, 8, work) for work in ("SDP+ training", "SDP+"))
     yield line("memory of SDP+ training / testing", f"batch 8: {train:.0f} MiB, {test:.0f} MiB", train / test)
+
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak, features = pool.apply(_choice_memory, CHOICE)
+    detail = f"{CHOICE[1]} of {CHOICE[0]} patches: {peak:.0f} MiB, {features:.0f} MiB"
+    yield line("memory of choosing references / their features", detail, peak / features)
 
     bank = referenced["SDP, 4 references"].references.state_dict().values()
     size = sum(value.numel() * value.element_size() for value in bank) / 1e6

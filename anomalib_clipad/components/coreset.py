@@ -45,8 +45,24 @@ def coreset(patches: torch.Tensor, number: torch.Tensor, size: int) -> torch.Ten
         projection = SparseRandomProjection(eps=0.9, random_state=random)
         projection.fit(patches[:1].flatten(1).expand(len(number), -1))
         features = torch.cat([_projected(patches[some], projection) for some in number.split(CHUNK)])
+        difference, distance = torch.empty_like(features), features.new_empty(len(features), 1)
+
+        class Sampler(KCenterGreedy):
+            """anomalib's, with every step in the same memory.
+
+            With new memory for each, the indices that are kept lie in between, and the C library grows its heap by all
+            features at a step: 24 GB for 10,000 of 11,520 patches.
+            """
+
+            def update_distances(self, cluster_center: int | torch.Tensor | None) -> None:
+                torch.sub(features, features[cluster_center], out=difference)
+                torch.linalg.norm(difference, dim=1, keepdim=True, out=distance)
+                if self.min_distances is None:
+                    self.min_distances = distance.clone()
+                torch.minimum(self.min_distances, distance, out=self.min_distances)
+
         # Of three dimensions, the sampler takes the features as they are.
-        sampler = KCenterGreedy(features[:, None], (size + 0.5) / len(features))
+        sampler = Sampler(features[:, None], (size + 0.5) / len(features))
         return number[torch.as_tensor(sampler.select_coreset_idxs(), device=number.device)]
 
 
