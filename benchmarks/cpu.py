@@ -44,7 +44,7 @@ LIMITS = {
     "memory of SDP, 4 references / encode_image": 1.4,
     "memory of SDP, 16 references / encode_image": 1.4,
     "memory of SDP+ training / testing": 1.3,
-    "memory of choosing references / their features": 8.0,
+    "memory of choosing references / their features": 4.0,
     "bank of 4 references": 7.0,
     "start of Python, added": 1.0,
 }

@@ -56,7 +56,7 @@ def coreset(patches: torch.Tensor, number: torch.Tensor, size: int) -> torch.Ten
 
             def update_distances(self, cluster_center: int | torch.Tensor | None) -> None:
                 torch.sub(features, features[cluster_center], out=difference)
-                torch.linalg.norm(difference, dim=1, keepdim=True, out=distance)
+                torch.linalg.vector_norm(difference, dim=1, keepdim=True, out=distance)
                 if self.min_distances is None:
                     self.min_distances = distance.clone()
                 torch.minimum(self.min_distances, distance, out=self.min_distances)
