@@ -1,6 +1,7 @@
 """Linear layers by the fastest kernel: the same numbers, and torch's own where that kernel cannot serve."""
 
 import io
+import time
 
 import pytest
 import torch
@@ -61,6 +62,16 @@ def test_gradients_flow_where_they_are_recorded() -> None:
     found = torch.autograd.grad(linear(tokens, layer.weight, layer.bias).square().sum(), layer.weight)[0]
     expected = torch.autograd.grad(F.linear(tokens, layer.weight, layer.bias).square().sum(), layer.weight)[0]
     assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_rows_that_lie_apart_do_not_take_a_thousand_times_as_long() -> None:
+    """As those of a bank of patches may; oneDNN's kernel took ten seconds for a product of ten milliseconds."""
+    apart, tokens = torch.randn(1024, 4, 896)[:, 1], torch.randn(2, 226, 896)[:, 1:]
+    start = time.perf_counter()
+    found = linear(tokens, apart)
+    assert time.perf_counter() - start < 1
+    torch.testing.assert_close(found.double(), tokens.double() @ apart.double().T, atol=1e-3, rtol=0)
 
 
 @torch.no_grad()

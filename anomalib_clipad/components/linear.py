@@ -29,7 +29,7 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """
     if _ONEDNN is None or not _can_be_fast(tokens, weight):
         return F.linear(tokens, weight, bias)
-    product: torch.Tensor = _ONEDNN(tokens, weight, bias, "none", [], "")
+    product: torch.Tensor = _ONEDNN(tokens.contiguous(), weight, bias, "none", [], "")
     return product
 
 
@@ -38,6 +38,7 @@ def _can_be_fast(tokens: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         tokens.dtype == weight.dtype == torch.float32
         and tokens.device.type == weight.device.type == "cpu"
+        and weight.is_contiguous()  # else it takes a thousand times as long
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

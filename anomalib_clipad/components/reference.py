@@ -238,7 +238,7 @@ class ReferenceBank(Float32Buffers):
         """Make what is compared from what is kept."""
         if len(self.means):
             kept = torch.stack([self.patches, self.means]).transpose(1, 2)
-            self.bank = F.normalize(kept.float(), dim=-1)
+            self.bank = F.normalize(kept.float(), dim=-1).contiguous()
         else:
             self.bank = self._compared(self.patches).flatten(2, 3)
         self._sizes = self.counts.tolist()  # known while exporting, where values of tensors are not
