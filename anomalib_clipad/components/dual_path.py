@@ -224,6 +224,7 @@ def _class_attention(attention: nn.MultiheadAttention, n: torch.Tensor, v: torch
 
 
 def _feed_forward(block: ResidualAttentionBlock, n: torch.Tensor) -> torch.Tensor:
+    """``block.mlp``, its linear layers by :func:`linear`."""
     for layer in block.mlp:
         n = linear(n, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(n)
     return n

@@ -115,5 +115,6 @@ class ReferenceFusion(Float32Buffers):
         """
         mean, std = (rows_of(values, class_index)[..., 2] for values in (self.mean, self.std))
         text = TEXT_WEIGHT * (text_score.logit(eps=LOGIT_BOUND) - mean) / std
+        # Not torch.hypot, which cannot be exported to ONNX.
         above = (map_score.clamp(min=0).square() + text.clamp(min=0).square()).sqrt()
         return above + map_score.clamp(max=0)
