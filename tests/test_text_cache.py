@@ -1,5 +1,6 @@
 """Text vectors are computed once: what a second start reads, and what makes it compute again."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_changed_weights_are_computed_again(folder: Path, tmp_path: Path) -> Non
     copied = tmp_path / "copied"
     shutil.copytree(folder, copied)
     assert start(copied)[1] is False  # the same weights elsewhere
+
+
+@pytest.mark.parametrize(
+    "change", [{"quick_gelu": True}, {"text_cfg": {**SMALL_CONFIG["text_cfg"], "heads": 4}}], ids=str
+)
+def test_the_same_weights_in_another_clip_are_computed(folder: Path, change: dict) -> None:
+    first, _ = start(folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"] |= change
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    vectors, read = start(folder)
+    assert read
+    assert not torch.equal(vectors, first)
 
 
 @pytest.mark.parametrize("content", [b"", b"not tensors", None], ids=["empty", "text", "a flipped bit"])

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from open_clip.pretrained import get_pretrained_cfg
 from torch import nn
 
-from anomalib_clipad.components.clip import build_clip, fill_clip
+from anomalib_clipad.components.clip import Architecture, load_clip
 from anomalib_clipad.components.pretrained import (
     HUB_PREFIX,
     URL_CACHE,
@@ -28,6 +28,7 @@ from anomalib_clipad.components.pretrained import (
     tags_of,
     unreachable,
 )
+from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.components.weights import is_file, is_folder, looks_like_file
 from anomalib_clipad.errors import InputError
@@ -89,13 +90,17 @@ class LazyTokenizer:
         return self.tokenizer(prompts)
 
 
+def _nothing() -> None:
+    """The text tower is complete."""
+
+
 class OpenedBackbone(NamedTuple):
-    """A CLIP whose text tower has no weights yet.
+    """A CLIP whose text tower is not there yet.
 
     Attributes:
         loaded: The CLIP.
-        weights: File that the weights came from; none for random ones, with which the text tower is complete.
-        fill_text: Reads the weights of the text tower; to be called before it is used.
+        fill_text: Builds the text tower and reads its weights; to be called before it is used.
+        cache: Where its text vectors are kept; nowhere for random weights, with which the text tower is complete.
 
     Example:
         >>> opened = open_backbone(small_clip)
@@ -106,8 +111,8 @@ class OpenedBackbone(NamedTuple):
     """
 
     loaded: Backbone
-    weights: Path | None
-    fill_text: Callable[[], None]
+    fill_text: Callable[[], None] = _nothing
+    cache: TextVectorCache | None = None
 
 
 def load_backbone(
@@ -149,7 +154,7 @@ def open_backbone(
     """As :func:`load_backbone`, but the text tower, which is not needed where text vectors are kept, is read later.
 
     Example:
-        >>> open_backbone(small_clip).weights.name
+        >>> open_backbone(small_clip).cache.weights.name
         'open_clip_model.safetensors'
     """
     backbone, pretrained = check_names(backbone, pretrained)
@@ -167,7 +172,7 @@ def open_backbone(
         config, found = _from_folder(folder) if local else _from_hub(backbone)
         preprocess = config["preprocess_cfg"]
         weights = weights or found
-        clip = build_clip(backbone, config["model_cfg"], empty=weights is not None)
+        architecture = Architecture(backbone, config["model_cfg"])
         tokenizer = LazyTokenizer("ViT-B-32", **_tokenizer_options(backbone, config["model_cfg"]))
         trusted = False
     else:
@@ -182,7 +187,7 @@ def open_backbone(
         # Older open_clip versions say so only in the code that loads OpenAI's weights.
         openai = tag is not None and tag.lower() == "openai"
         quick_gelu = openai or bool(preprocess.get("quick_gelu"))
-        clip = build_clip(backbone, model_config, quick_gelu, empty=pretrained is not None)
+        architecture = Architecture(backbone, model_config, quick_gelu)
         if pretrained and weights is None:
             weights = from_tag(backbone, pretrained)
         # open_clip compares downloads from a URL with their checksum.
@@ -195,16 +200,14 @@ def open_backbone(
             "Give pretrained a tag or a file.",
             backbone,
         )
-    clip.eval().requires_grad_(requires_grad=False)
-    fill_text = _nothing if weights is None else fill_clip(clip, weights, trusted)
     mean = _channels(preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN)
     std = _channels(preprocess.get("std") or open_clip.OPENAI_DATASET_STD)
     suited = DEMO_REFERENCE_LAYERS if backbone == DEMO else None
-    return OpenedBackbone(Backbone(clip, tokenizer, mean, std, suited), weights, fill_text)
-
-
-def _nothing() -> None:
-    """Random weights are complete."""
+    if weights is None:
+        return OpenedBackbone(Backbone(architecture.build(), tokenizer, mean, std, suited))
+    clip, fill_text = load_clip(architecture, weights, trusted)
+    loaded = Backbone(clip, tokenizer, mean, std, suited)
+    return OpenedBackbone(loaded, fill_text, TextVectorCache(weights, architecture.config))
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -1,7 +1,8 @@
-"""An open_clip model, built without weights and filled from a file: the vision tower at once, the text tower later."""
+"""An open_clip model, built and filled from a file: the vision tower at once, the text tower when it is needed."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,132 +12,163 @@ from open_clip.model import convert_to_custom_text_state_dict
 from torch import nn
 
 from anomalib_clipad.components.pretrained import first_line
-from anomalib_clipad.components.weights import check_tensors, read_tensors
+from anomalib_clipad.components.weights import check_tensors, map_tensors, stand_in, values_of
 from anomalib_clipad.errors import InputError
 
 SPARE = 0.1  # of a file: pages read that may stay in memory beyond its size
 MASK = "attn_mask"  # the one buffer of open_clip's towers that no file holds
 
 
-def build_clip(backbone: str, config: Mapping[str, Any], quick_gelu: bool = False, empty: bool = False) -> nn.Module:
-    """Build an open_clip model.
+class Architecture:
+    """What open_clip builds a CLIP from.
 
     Args:
         backbone: Its name, for messages.
         config: open_clip's ``model_cfg``.
         quick_gelu: Whether it was trained with the approximate GELU.
-        empty: Leave the memory of the weights out (torch's meta device) where the towers allow it, for
-            :func:`fill_clip`; else the weights are random, and the same in every process.
+
+    Attributes:
+        config: ``config``, with ``quick_gelu`` where it is wanted.
 
     Raises:
-        InputError: If the configuration is not that of a plain CLIP, or open_clip cannot build it.
+        InputError: If the configuration is not that of a plain CLIP.
 
     Example:
         >>> vision = {"image_size": 32, "layers": 4, "width": 16, "head_width": 8, "patch_size": 8}
-        >>> text = {"width": 8, "heads": 1, "layers": 1}
-        >>> clip = build_clip("small", {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}, empty=True)
-        >>> clip.visual.proj.device
-        device(type='meta')
+        >>> text = {"width": 8, "heads": 1, "layers": 2}
+        >>> small = Architecture("small", {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text})
+        >>> empty = small.build_empty(whole=False)
+        >>> empty.visual.proj.device, len(empty.transformer.resblocks), small.build().visual.proj.device
+        (device(type='meta'), 1, device(type='cpu'))
     """
-    if "multimodal_cfg" in config:
-        msg = f"backbone {backbone} is a captioning model; the dual path needs a plain CLIP such as ViT-B-16-plus-240."
-        raise InputError(msg)
-    config = {**config, "text_cfg": {**config["text_cfg"]}}
-    foreign_text = "hf_model_name" in config["text_cfg"]
-    if foreign_text:  # its weights come with the CLIP's
-        config["text_cfg"]["hf_model_pretrained"] = False
-    custom_text = config.pop("custom_text", False) or foreign_text
-    if quick_gelu:
-        config["quick_gelu"] = True
-    kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    if empty and (clip := _build_empty(kind, config)) is not None:
+
+    def __init__(self, backbone: str, config: Mapping[str, Any], quick_gelu: bool = False) -> None:
+        if "multimodal_cfg" in config:
+            msg = (
+                f"backbone {backbone} is a captioning model; the dual path needs a plain CLIP such as "
+                "ViT-B-16-plus-240."
+            )
+            raise InputError(msg)
+        self.backbone = backbone
+        self.config = {**config, "text_cfg": {**config["text_cfg"]}}
+        self.foreign_text = "hf_model_name" in config["text_cfg"]
+        if self.foreign_text:  # its weights come with the CLIP's
+            self.config["text_cfg"]["hf_model_pretrained"] = False
+        if quick_gelu:
+            self.config["quick_gelu"] = True
+
+    def build(self) -> nn.Module:
+        """A CLIP in eval mode, frozen; its weights are random, and the same in every process.
+
+        Raises:
+            InputError: If open_clip cannot build it.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # a checkpoint made with random weights fits those of another process
+                return self._build(whole=True)
+        except Exception as error:  # a configuration of wrong values fails anywhere in open_clip, timm and torch
+            built_by = f"open_clip {version('open_clip_torch')}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            msg = f"{built_by} cannot build backbone {self.backbone} ({reason}); check its model_cfg."
+            raise InputError(msg) from error
+
+    def build_empty(self, whole: bool) -> nn.Module:
+        """As :meth:`build`, without the memory of the weights (torch's meta device) where the towers allow it.
+
+        Args:
+            whole: Whether the text tower is wanted; else it has one block, as open_clip can build none without.
+        """
+        try:
+            with torch.device("meta"):
+                clip = self._build(whole)
+        except Exception:  # noqa: BLE001 - some towers compute with values while they are built
+            return self.build()
+        brought = clip.state_dict()
+        if any(name not in brought and name.rpartition(".")[2] != MASK for name, _ in clip.named_buffers()):
+            return self.build()  # it holds more than a file will bring
         return clip
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a checkpoint made with random weights fits those of another process
-            return kind(**config)
-    except Exception as error:  # a configuration of wrong values fails anywhere in open_clip, timm and torch
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        msg = (
-            f"open_clip {version('open_clip_torch')} cannot build backbone {backbone} ({reason}); check its model_cfg."
-        )
-        raise InputError(msg) from error
+
+    def _build(self, whole: bool) -> nn.Module:
+        config = {**self.config}
+        custom_text = config.pop("custom_text", False) or self.foreign_text
+        if not whole:
+            config["text_cfg"] = {**config["text_cfg"], "layers": 1}
+        clip: nn.Module = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)
+        return clip.eval().requires_grad_(requires_grad=False)
 
 
-def _build_empty(kind: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Module | None:
-    """The model on the meta device; nothing where it cannot be built there, or holds more than a file will bring."""
-    try:
-        with torch.device("meta"):
-            clip = kind(**config)
-    except Exception:  # noqa: BLE001 - some towers compute with values while they are built
-        return None
-    brought = clip.state_dict()
-    if any(name not in brought and name.rpartition(".")[2] != MASK for name, _ in clip.named_buffers()):
-        return None
-    return clip
-
-
-def fill_clip(clip: nn.Module, path: Path, trusted: bool = False) -> Callable[[], None]:
-    """Fill a model with the weights of a file, without its text tower.
+def load_clip(architecture: Architecture, path: Path, trusted: bool = False) -> tuple[nn.Module, Callable[[], None]]:
+    """Build a CLIP, and fill its vision tower with the weights of a file.
 
     The file is mapped, and its tensors are copied: a model that kept to the mapping would end the process when somebody
     writes to the file. Where copies and pages read would take more memory than the file, it is mapped anew, which frees
     the pages.
 
     Args:
-        clip: From :func:`build_clip`.
+        architecture: What the weights belong to.
         path: See :func:`anomalib_clipad.components.weights.read_tensors`.
         trusted: Whether a TorchScript file may be read, as OpenAI published its weights.
 
     Returns:
-        A function that fills the text tower; a second call does nothing.
+        The CLIP, in eval mode, frozen, and a function that builds and fills its text tower; a second call does nothing.
 
     Raises:
         InputError: If the file cannot be read or does not fit, or has changed when the returned function is called,
-            which alone looks at the values of the text tower.
+            which alone looks at the tensors of the text tower.
     """
+    clip = architecture.build_empty(whole=False)
     script = _torchscript(path) if trusted else None
-    expected = clip.state_dict()
     what, advice = f"The weights {path}", "choose the backbone that they were saved from"
 
-    def read(chosen: Callable[[str], bool], copied: Collection[str]) -> dict[str, torch.Tensor]:
-        def wanted(name: str) -> bool:
-            # Names of the vision tower alone are the same in all files.
-            return chosen is not _is_seen or (chosen(own := name.removeprefix("module.")) and own not in copied)
+    def open_file() -> dict[str, Any]:
+        return _names_of_open_clip(script or map_tensors(path, "weights file"), clip)
 
-        state = script or read_tensors(path, "weights file", mapped=wanted)[0]
-        return check_tensors(_names_of_open_clip(state, clip), expected, what, advice, read=())
-
-    def fill(chosen: Callable[[str], bool], filled: int) -> tuple[list[str], int]:
+    def read(expected: Mapping[str, torch.Tensor], seen: bool, filled: int) -> tuple[dict[str, torch.Tensor], int]:
+        state, mapped, size = open_file(), 0, path.stat().st_size
+        expected = {name: tensor for name, tensor in expected.items() if _is_seen(name) is seen}
+        names = [name for name in state if _is_seen(name) is seen]  # in the order of the file, a disk's fastest
+        check_tensors({name: stand_in(state[name]) for name in names}, expected, what, advice, read=())
         copies: dict[str, torch.Tensor] = {}
-        state, mapped, size = read(chosen, copies), 0, path.stat().st_size
-        for name in [name for name in state if chosen(name)]:  # in the order of the file, in which a disk is fastest
-            bytes_read = state[name].nbytes
+        upcoming = None
+        for name, following in zip_longest(names, names[1:]):
+            values = values_of(state[name]) if upcoming is None else upcoming
+            bytes_read = values.nbytes
             if mapped > SPARE * size and filled + mapped + bytes_read > size:
-                state, mapped = read(chosen, copies), 0
-            copy = {name: state[name].to(expected[name].dtype, copy=True)}
+                state, mapped = open_file(), 0
+                values = values_of(state[name])
+            # The next values are asked for before these are copied: safetensors has them read meanwhile.
+            upcoming = None if following is None else values_of(state[following])
+            copy = {name: values.to(expected[name].dtype, copy=True)}
             copies |= check_tensors(copy, {name: expected[name]}, what, advice)  # which the cache still has
             filled, mapped = filled + bytes_read, mapped + bytes_read
-        clip.load_state_dict(copies, strict=False, assign=True)
-        return [name for name in state if not chosen(name)], filled
+        return copies, filled
 
     changed = _changed(path)
-    waiting, seen = fill(_is_seen, 0)
+    copies, filled = read(clip.state_dict(), seen=True, filled=0)
+    clip.load_state_dict(copies, strict=False, assign=True)
+    has_text = False
 
     def fill_text() -> None:
-        if not waiting:
+        nonlocal has_text
+        if has_text:
             return
         if _changed(path) != changed:
             msg = f"{what} have changed since the model was loaded, so its text tower cannot be read; load it again."
             raise InputError(msg)
-        fill(waiting.__contains__, seen)
+        whole = architecture.build_empty(whole=True)
+        copies, _ = read(whole.state_dict(), seen=False, filled=filled)
+        for name, module in whole.named_children():
+            if name != "visual":
+                setattr(clip, name, module)
+        clip.load_state_dict(copies, strict=False, assign=True)
         for module in clip.modules():
             mask = getattr(module, MASK, None)
             if isinstance(mask, torch.Tensor) and mask.is_meta:
                 setattr(module, MASK, torch.full(mask.shape, -torch.inf).triu_(1))  # causal, as open_clip makes it
-        waiting.clear()
+        has_text = True
 
-    return fill_text
+    return clip, fill_text
 
 
 def _is_seen(name: str) -> bool:

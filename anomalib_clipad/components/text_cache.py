@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -26,24 +27,26 @@ FORMAT = 1  # to be raised when the same prompts give other vectors
 class TextVectorCache:
     """Keeps the text vectors of one file of weights.
 
-    Vectors are found by the SHA-256 of the weights and of all that they were made from. The weights are read in whole
+    Vectors are found by the SHA-256 of the weights, of the CLIP's configuration, which the same weights can be used
+    with several of, and of all that they were made from. The weights are read in whole
     for it once; their digest is kept with size and time of the file's last change. Files are replaced at once, so
     several processes can share the folder, and one that is damaged counts as missing. The environment variable
     ``ANOMALIB_CLIPAD_CACHE`` names another folder, or turns the cache off with ``0``.
 
     Args:
         weights: File of the CLIP's weights.
+        config: open_clip's ``model_cfg``; it has what the weights do not tell, such as heads and activation.
 
     Example:
         >>> _ = Path("weights.pt").write_bytes(b"weights")
-        >>> cache = TextVectorCache(Path("weights.pt"))
+        >>> cache = TextVectorCache(Path("weights.pt"), {"text_cfg": {"heads": 8}})
         >>> cache.write({"prompts": ["a nut"]}, torch.ones(2, 4))
         >>> cache.read({"prompts": ["a nut"]}).shape, cache.read({"prompts": ["a bolt"]})
         (torch.Size([2, 4]), None)
     """
 
-    def __init__(self, weights: Path) -> None:
-        self.weights = weights
+    def __init__(self, weights: Path, config: Mapping[str, Any]) -> None:
+        self.weights, self.config = weights, config
         self._digest_of: tuple[dict[str, int], str] | None = None  # size and time of the weights, and their digest
 
     def read(self, source: dict[str, Any]) -> torch.Tensor | None:
@@ -69,7 +72,12 @@ class TextVectorCache:
             logger.info("Text vectors are not kept in %s (%s).", folder, error)
 
     def _file(self, folder: Path, source: dict[str, Any]) -> Path:
-        made_by = {"format": FORMAT, "open_clip": version("open_clip_torch"), "weights": self._weights_digest(folder)}
+        made_by = {
+            "format": FORMAT,
+            "open_clip": version("open_clip_torch"),
+            "config": self.config,
+            "weights": self._weights_digest(folder),
+        }
         text = json.dumps({**source, **made_by}, sort_keys=True)
         return folder / "text" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 

@@ -3,11 +3,11 @@
 The weights of a CLIP, adapters and checkpoints are all read here.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from zipfile import is_zipfile
 
 import torch
@@ -55,18 +55,13 @@ def looks_like_file(name: str | PathLike[str]) -> bool:
     return Path(name).suffix.lower() in ENDINGS or Path(name).name != str(name) or is_file(name)
 
 
-def read_tensors(
-    path: Path, what: str, checkpoint: bool = False, mapped: Callable[[str], bool] | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
+def read_tensors(path: Path, what: str, checkpoint: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a file of tensors without executing it.
 
     Args:
         path: A ``.safetensors`` file, or one that ``torch.save`` wrote.
         what: Name of the file's role for messages, such as ``adapter``.
         checkpoint: Whether the types that anomalib stores in its checkpoints are accepted beside tensors.
-        mapped: Names of the tensors that are wanted; their values stay in the file until they are used, which saves
-            memory, and of the others a ``.safetensors`` file gives no more than shape and type. By default all are
-            read at once.
 
     Returns:
         The file's content, not checked further (see :func:`check_tensors`), and the header of a ``.safetensors`` file.
@@ -79,22 +74,79 @@ def read_tensors(
         >>> read_tensors(Path("layer.pt"), "layer")
         ({'weight': tensor([0., 0.])}, {})
     """
+    with _readable(path, what):
+        if _is_safetensors(path):
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        with anomalib_safe_globals() if checkpoint else nullcontext():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return _named(content, path, what), {}
+
+
+class TensorInFile(NamedTuple):
+    """A tensor of a ``.safetensors`` file, which reads its values ahead as soon as it gives them."""
+
+    file: Any
+    key: str
+    path: Path
+    what: str
+
+
+def map_tensors(path: Path, what: str) -> dict[str, Any]:
+    """As :func:`read_tensors`, but values stay in the file until they are used, which saves memory and time.
+
+    Returns:
+        Its content, to be used by :func:`stand_in` and :func:`values_of`.
+
+    Example:
+        >>> torch.save({"weight": torch.zeros(2)}, "layer.pt")
+        >>> values_of(map_tensors(Path("layer.pt"), "layer")["weight"])
+        tensor([0., 0.])
+    """
+    with _readable(path, what):
+        if _is_safetensors(path):
+            file = safe_open(path, framework="pt")
+            return {key: TensorInFile(file, key, path, what) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        # Only the present format of torch.save, a zip file, can be mapped.
+        return _named(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)), path, what)
+
+
+def stand_in(mapped: object) -> object:
+    """What has shape and kind of a value of :func:`map_tensors`, for :func:`check_tensors`, without reading it."""
+    if not isinstance(mapped, TensorInFile):
+        return mapped
+    header = mapped.file.get_slice(mapped.key)
+    kind = header.get_dtype()  # such as F32, BF16, C64, I64, U8, BOOL
+    dtype = torch.float32 if kind.startswith(("F", "BF")) else torch.complex64 if kind.startswith("C") else torch.int64
+    return torch.zeros((), dtype=dtype).expand(header.get_shape())
+
+
+def values_of(mapped: Any) -> torch.Tensor:  # noqa: ANN401 - a tensor in a file, or one in memory
+    """A tensor of :func:`map_tensors` that :func:`check_tensors` accepted.
+
+    Raises:
+        InputError: If its values cannot be read.
+    """
+    if not isinstance(mapped, TensorInFile):
+        return cast("torch.Tensor", mapped)
+    with _readable(mapped.path, mapped.what):
+        return cast("torch.Tensor", mapped.file.get_tensor(mapped.key))
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
+@contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """One sentence for a file that the readers cannot read."""
     if not is_file(path):
         msg = f"The {what} {path} does not exist or is not a file; give the path of an existing one."
         raise InputError(msg)
-    header: dict[str, str] = {}
-    content: Any
     try:
-        if path.suffix.lower() == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                keys = file.keys()
-                content = {key: _tensor(file, key, mapped is None or mapped(key)) for key in keys}
-                header = dict(file.metadata() or {})
-        else:
-            with anomalib_safe_globals() if checkpoint else nullcontext():
-                # Only the present format of torch.save, a zip file, can be mapped.
-                mmap = mapped is not None and is_zipfile(path)
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        yield
+    except InputError:
+        raise
     except Exception as error:  # damaged files make the readers raise errors of every kind
         # The error's own text is left out: torch's recommends to execute the file.
         msg = (
@@ -102,10 +154,13 @@ def read_tensors(
             "format, or holds more than plain data; save it by torch.save(model.state_dict(), ...) or as .safetensors."
         )
         raise InputError(msg) from error
+
+
+def _named(content: object, path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         msg = f"The {what} {path} holds a {type(content).__name__} instead of named tensors; save a state dict."
         raise InputError(msg)
-    return dict(content), header
+    return dict(content)
 
 
 def check_tensors(
@@ -150,16 +205,6 @@ def check_tensors(
         msg = f"{what} do not fit: {problems[0]}{more}; {advice}."
         raise InputError(msg)
     return dict(state)
-
-
-def _tensor(file: Any, key: str, wanted: bool) -> torch.Tensor:  # noqa: ANN401 - safetensors gives no type
-    """A tensor of a file, or zeros of its shape and kind, since to give a tensor has its values read ahead."""
-    if wanted:
-        return cast("torch.Tensor", file.get_tensor(key))
-    header = file.get_slice(key)
-    kind = header.get_dtype()  # such as F32, BF16, C64, I64, U8, BOOL
-    dtype = torch.float32 if kind.startswith(("F", "BF")) else torch.complex64 if kind.startswith("C") else torch.int64
-    return torch.zeros((), dtype=dtype).expand(header.get_shape())
 
 
 def _difference(found: object, expected: torch.Tensor, with_values: bool) -> str:

@@ -36,7 +36,6 @@ from anomalib_clipad.components.reference_tokens import reference_taps
 from anomalib_clipad.components.region import Boxes
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
-from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.components.tiling import ViewScores, check_tiles
 from anomalib_clipad.errors import InputError
@@ -114,11 +113,10 @@ class ClipAdSdpModel(FewShotNetwork):
             opened = open_backbone(backbone, pretrained)
         else:
             ready = Backbone(clip.eval(), tokenizer or open_clip.get_tokenizer("ViT-B-32"))
-            opened = OpenedBackbone(ready, None, lambda: None)
+            opened = OpenedBackbone(ready)
         loaded = opened.loaded
         visual = DualPathVisionTransformer(cast("nn.Module", loaded.clip.visual), layers)
-        cache = None if opened.weights is None else TextVectorCache(opened.weights)
-        encoder = TextEncoder(loaded.clip, loaded.tokenizer, fill_text=opened.fill_text, cache=cache)
+        encoder = TextEncoder(loaded.clip, loaded.tokenizer, fill_text=opened.fill_text, cache=opened.cache)
         super().__init__(encoder, visual.embed_dim, ensemble, options, defects)
         self.mean, self.std = loaded.mean, loaded.std
         self.visual = visual.eval().requires_grad_(requires_grad=False)
