@@ -1,11 +1,12 @@
-"""Speed and memory on a GPU: images per second, ratios, and how much of the device's matrix throughput is used.
+"""Speed and memory on a GPU: images per second, ratios, the share of the device's matrix throughput.
 
     python benchmarks/gpu.py                                    # ViT-B-16-plus-240 with random weights
     python benchmarks/gpu.py --backbone ViT-L-14-336 --batch-sizes 1 32
     python benchmarks/gpu.py --device cpu --backbone FOLDER --batch-sizes 1 --seconds 0.1      # a trial run
 
 Weights do not change the figures, so none are needed. Before anything is timed, CUDA is set to raise an error where
-the host waits for the device: nothing between images in and maps out may.
+the host waits for the device: nothing between images in and maps out may. CUDA graphs (torch.compile with
+``mode="reduce-overhead"``) are for the smallest batch, whose kernels take less time than their launches.
 """
 
 import argparse
@@ -13,19 +14,25 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from unittest.mock import patch
 
 import torch
+from operations import operations
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_clipad.components import load_backbone
 from anomalib_clipad.sdp import ClipAdSdpModel
 from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-MODES = ["eager", "compiled"]
+GRAPHS = "CUDA graphs"
+MODES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "eager": lambda model: model,
+    "compiled": partial(torch.compile, dynamic=False),
+    GRAPHS: partial(torch.compile, dynamic=False, mode="reduce-overhead"),
+}
 MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the product that stands for what a device can do
 
 Forward = Callable[[torch.Tensor], object]
@@ -66,13 +73,6 @@ def throughput(device: torch.device, dtype: torch.dtype, budget: float) -> float
     return 2 * side**3 / seconds(lambda: a @ b, device, budget)
 
 
-def operations(call: Forward, image: torch.Tensor) -> int:
-    """Floating-point operations of one image, counted."""
-    with FlopCounterMode(display=False) as counter:
-        call(image)
-    return counter.get_total_flops()
-
-
 def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, nn.Module], int]:
     """What is compared, by name, and the side of its images."""
     clip = load_backbone(arguments.backbone, None).clip
@@ -109,18 +109,18 @@ def measure(arguments: argparse.Namespace, device: torch.device, precision: str)
     flops = {}
     for name, model in models.items():
         side = 240 if name == "WinCLIP" else native
-        flops[name] = operations(model, torch.randn(1, 3, side, side, device=device, dtype=dtype))
+        flops[name] = operations(partial(model, torch.randn(1, 3, side, side, device=device, dtype=dtype)))
         if name.startswith("SDP"):
             check_no_waiting(model, torch.randn(2, 3, side, side, device=device, dtype=dtype))
     for mode in arguments.modes:
-        for size in arguments.batch_sizes:
+        for size in arguments.batch_sizes[:1] if mode == GRAPHS else arguments.batch_sizes:
             base: float | None = None
             for name, model in models.items():
-                if name == "WinCLIP" and (mode == "compiled" or size > arguments.winclip_batch):
+                if name == "WinCLIP" and (mode != "eager" or size > arguments.winclip_batch):
                     continue
                 side = 240 if name == "WinCLIP" else native
                 images = torch.randn(size, 3, side, side, device=device, dtype=dtype)
-                run: Forward = torch.compile(model) if mode == "compiled" else model
+                run: Forward = MODES[mode](model)
                 try:
                     taken = seconds(lambda run=run, images=images: run(images), device, arguments.seconds)
                     memory = peak_memory(lambda run=run, images=images: run(images), device)
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS))
-    parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES)
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES))
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure")
     parser.add_argument("--winclip-batch", type=int, default=32, help="largest batch for WinCLIP, whose memory grows")
     parser.add_argument("--skip-winclip", action="store_true")

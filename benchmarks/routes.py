@@ -12,7 +12,6 @@ are those to torch eager in float32, a map's as a share of the range of all maps
 import argparse
 import copy
 import logging
-import math
 import os
 import statistics
 import subprocess
@@ -27,9 +26,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from line import Line, machine
+from operations import operations
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from anomalib_clipad.components import load_backbone
 from anomalib_clipad.engine.export import OPSET
@@ -177,24 +176,6 @@ def matrix_rate() -> float:
     left, right = torch.randn(2, PRODUCT, PRODUCT).unbind()
     left @ right
     return 2 * PRODUCT**3 / min(seconds(lambda: left @ right) for _ in range(5))
-
-
-def operations(call: Callable[[], object]) -> float:
-    """Floating-point operations of a call, by torch's counter, which leaves out two kernels of CPUs."""
-
-    def attention(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    def linear(tokens: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-        return 2 * math.prod(tokens) * weight[0]
-
-    kernels = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.mkldnn._linear_pointwise: linear,
-    }
-    with FlopCounterMode(display=False, custom_mapping=kernels) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def measure(

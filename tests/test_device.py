@@ -1,20 +1,28 @@
 """The way of images through a GPU, walked without one: fake tensors have a device, and no values to wait for."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from anomalib.data import InferenceBatch
+from anomalib.data import InferenceBatch, PredictDataset
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
+from torchvision.transforms.v2 import Normalize
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.components import p_values
+from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.engine.host import readable_images
 
-from .conftest import build_model
+from .conftest import build_model, write_category
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.cuda.is_built(), reason="this torch was built without CUDA, which fake tensors need as well"
@@ -85,6 +93,60 @@ def test_images_become_maps_without_leaving_the_gpu_or_waiting_for_it(
         with Stay():
             out = functional_call(chain, state, (images, classes))
     assert [tuple(value.shape) for value in out] == [(3,), (3,), (3, *size), (3, *size)]
+
+
+@pytest.mark.parametrize("stage", ["train", "validation", "test", "predict"])
+def test_pictures_are_prepared_without_a_copy_to_the_gpu(small_clip: str, tmp_path: Path, stage: str) -> None:
+    pre_processor = build_model("ClipAdSdp", small_clip, tmp_path).pre_processor
+    start = getattr(pre_processor, f"on_{stage}_batch_start")
+
+    with FakeTensorMode():
+        for number in range(2):
+            # Not anomalib's batch, whose class of images cannot be of fake tensors.
+            batch = SimpleNamespace(image=torch.rand(2, 3, 40, 50, device="cuda"), gt_mask=None)
+            # With the first batch, mean and standard deviation are copied.
+            with Stay() if number else nullcontext():
+                start(None, None, batch, number)
+    assert batch.image.shape == (2, 3, 32, 32)
+
+
+def test_what_is_on_the_gpu_is_the_present_transform(small_clip: str, tmp_path: Path) -> None:
+    pre_processor = build_model("ClipAdSdp", small_clip, tmp_path).pre_processor
+    gpu = torch.device("meta")  # no GPU is needed to see which values are asked for
+    first = pre_processor.transform_on(gpu)
+    assert first is pre_processor.transform_on(gpu)
+    pre_processor.take(Normalize(mean=(0.5, 0.5, 0.5), std=(0.1, 0.2, 0.3)))
+    second = pre_processor.transform_on(gpu)
+    assert second is not first
+    assert second.mean.device == gpu
+    assert isinstance(pre_processor.transform.mean, list)
+    assert pre_processor.transform_on(torch.device("cpu")) is pre_processor.transform
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_pictures_for_a_gpu_are_pinned(tmp_path: Path, device: str, pinned: bool) -> None:
+    data = PredictDataset(write_category(tmp_path / "widget") / "test" / "good")
+    strategy = SimpleNamespace(root_device=torch.device(device), process_dataloader=lambda loader: loader)
+    trainer = SimpleNamespace(strategy=strategy, state=SimpleNamespace(fn=TrainerFn.PREDICTING))
+    with readable_images(trainer):
+        loader = strategy.process_dataloader(DataLoader(data, collate_fn=data.collate_fn))
+    assert loader.pin_memory is pinned
+    assert next(iter(loader)).image.ndim == 4
+
+
+def test_a_batch_pins_its_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:  # in place of memory that only CUDA can give
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = ZeroShotBatch(image=torch.rand(2, 3, 8, 8), gt_mask=torch.ones(2, 8, 8), class_index=torch.arange(2))
+    seen = pin_memory(batch)
+    assert seen is batch
+    assert [seen.image.data_ptr(), seen.gt_mask.data_ptr()] == [tensor.data_ptr() for tensor in pinned]
+    assert pin_memory(ZeroShotBatch(image=torch.rand(2, 3, 8, 8))).gt_mask is None
 
 
 def test_the_training_loss_stays_on_the_gpu_too(small_clip: str, tmp_path: Path) -> None:

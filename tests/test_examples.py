@@ -22,6 +22,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     def run_script(script: str, *arguments: object) -> str:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend((ROOT / script).parent)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # which some scripts change
         with kept_log_handlers():
@@ -54,6 +55,14 @@ def test_gpu_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip:
     wanted = [[p, n, m] for p in ("float32", "bf16") for n in ("1", "3") for m in ("encode_image", "SDP", "SDP+")]
     assert [[row[0], row[2], row[3]] for row in rows] == wanted
     assert all(float(row[4]) > 0 and float(row[5].removesuffix(" x")) > 0 for row in rows)
+
+
+def test_prediction_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip: str) -> None:
+    options = "--device cpu --pictures 70 --side 40 --batch-size 16 --workers 0"
+    table = run("benchmarks/predict.py", "--backbone", small_clip, *options.split())
+    predicted, reading, share = (cell.strip() for cell in table.splitlines()[-1].strip("|").split("|"))
+    assert 0 < float(predicted) < float(reading)
+    assert abs(float(predicted) / float(reading) - float(share.removesuffix("%")) / 100) < 0.01
 
 
 def test_mosaics_are_drawn_and_counted(run: Callable[..., str], tmp_path: Path) -> None:

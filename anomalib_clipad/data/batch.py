@@ -97,6 +97,14 @@ class ZeroShotBatch(ImageBatch):
         """The same batch with our fields; they are empty where it is one of anomalib's."""
         return batch if isinstance(batch, cls) else cls(**_shared(batch))
 
+    def pin_memory(self) -> "ZeroShotBatch":
+        """The same batch, its pictures in memory that a GPU copies from by itself; torch's data loader asks for it."""
+        if self.image is not None:
+            self.image = self.image.pin_memory()
+        if self.gt_mask is not None:
+            self.gt_mask = self.gt_mask.pin_memory()
+        return self
+
     @property
     def items(self) -> list[ZeroShotItem]:  # type: ignore[override]  # anomalib's list is invariant
         """The images one by one; anomalib's way would copy the whole batch first, and knows no taps."""

@@ -94,6 +94,8 @@ class ReadableDataLoader(DataLoader):
         dataloader: A loader over one of anomalib's datasets, which is left as it is.
         each_once: Whether several processes share the items without repeating some to get equal numbers, which
             Lightning does outside prediction and which would count some images twice.
+        pin_memory: Whether batches are for a GPU, so that it copies them while the host goes on; also where the loader
+            itself was not made so, as anomalib makes most.
 
     Example:
         >>> from anomalib.data import PredictDataset
@@ -104,13 +106,13 @@ class ReadableDataLoader(DataLoader):
         (3, 2)
     """
 
-    def __init__(self, dataloader: DataLoader, each_once: bool = False) -> None:
+    def __init__(self, dataloader: DataLoader, each_once: bool = False, pin_memory: bool = False) -> None:
         super().__init__(
             ReadableDataset(dataloader.dataset),  # type: ignore[arg-type]  # can_wrap: it is asked by number
             batch_sampler=_unrepeated(dataloader.batch_sampler) if each_once else dataloader.batch_sampler,
             num_workers=dataloader.num_workers,
             collate_fn=_SkippingCollate(dataloader.collate_fn),
-            pin_memory=dataloader.pin_memory,
+            pin_memory=pin_memory or dataloader.pin_memory,
             timeout=dataloader.timeout,
             worker_init_fn=dataloader.worker_init_fn,
             multiprocessing_context=dataloader.multiprocessing_context,

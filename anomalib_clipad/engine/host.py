@@ -85,7 +85,7 @@ def readable_images(trainer: Trainer) -> Iterator[None]:
         loader = process_dataloader(dataloader)
         if not isinstance(loader, DataLoader) or not ReadableDataLoader.can_wrap(loader):
             return loader
-        return ReadableDataLoader(loader, each_once)
+        return ReadableDataLoader(loader, each_once, pin_memory=strategy.root_device.type == "cuda")
 
     strategy.process_dataloader = process  # type: ignore[method-assign]  # for this run, see above
     try:

@@ -1,7 +1,13 @@
 """From a picture of any size to the model's input, the same in the engine and in exported files."""
 
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import cast
+
 import torch
+from anomalib.data import Batch
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import LightningModule, Trainer
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
 from anomalib_clipad.components.resizing import bicubic_matrix
@@ -26,7 +32,10 @@ def clip_transform(
 
 
 class ClipAdPreProcessor(PreProcessor):
-    """anomalib's pre-processor, whose exported form resizes as the engine does.
+    """anomalib's pre-processor, whose exported form resizes as the engine does, and which does not wait for a GPU.
+
+    torchvision's normalisation copies mean and standard deviation to the images' device at every batch, and the host
+    waits for such a copy. In the engine they are there from the second batch on.
 
     anomalib turns antialiasing off where a model is exported, and a large picture then comes out as another one. Two
     matrix products are the same resize in every format. ONNX knows antialiasing since opset 18 (``Resize`` with
@@ -43,6 +52,54 @@ class ClipAdPreProcessor(PreProcessor):
         True
     """
 
+    def __init__(self, transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        self._resident: dict[torch.device, tuple[Transform, Transform]] = {}
+
+    def transform_on(self, device: torch.device) -> Transform | None:
+        """The transform, with what its normalisation needs on a device."""
+        if self.transform is None or device.type == "cpu":
+            return self.transform
+        of, resident = self._resident.get(device, (None, None))
+        if of is not self.transform:
+            resident = deepcopy(self.transform)
+            for step in _steps(resident):
+                if isinstance(step, Normalize):
+                    step.mean, step.std = (torch.tensor(values, device=device) for values in (step.mean, step.std))
+            self._resident[device] = self.transform, resident
+        return resident
+
+    def prepare(self, batch: Batch) -> None:
+        """Prepare the images and masks of a batch in the engine."""
+        if transform := self.transform_on(cast("torch.Tensor", batch.image).device):
+            batch.image, batch.gt_mask = transform(batch.image, batch.gt_mask)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Prepare a batch for training."""
+        del trainer, pl_module, batch_idx
+        self.prepare(batch)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prepare a batch for validation."""
+        del trainer, pl_module, batch_idx, dataloader_idx
+        self.prepare(batch)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prepare a batch for a test."""
+        del trainer, pl_module, batch_idx, dataloader_idx
+        self.prepare(batch)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Prepare a batch for prediction."""
+        del trainer, pl_module, batch_idx, dataloader_idx
+        self.prepare(batch)
+
     def take(self, transform: Transform) -> None:
         """Prepare images by another transform from now on."""
         PreProcessor.__init__(self, transform)
@@ -58,9 +115,18 @@ class ClipAdPreProcessor(PreProcessor):
         """
         if self.transform is None:
             return batch
-        for step in getattr(self.transform, "transforms", [self.transform]):
+        for step in _steps(self.transform):
             batch = _resize(batch, *step.size) if _is_antialiased(step) else step(batch)
         return batch
+
+
+def _steps(transform: Transform) -> Iterator[Transform]:
+    """A transform's parts, of which a :class:`Compose` of others has several."""
+    if isinstance(transform, Compose):
+        for part in transform.transforms:
+            yield from _steps(part)
+    else:
+        yield transform
 
 
 def _is_antialiased(step: object) -> bool:
