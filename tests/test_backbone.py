@@ -107,6 +107,11 @@ def test_no_weights_are_a_loud_warning_and_the_same_every_time(caplog: pytest.Lo
     assert fingerprint(load_backbone(TINY, None).clip) == fingerprint(first)
 
 
+def test_another_activation_is_another_clip() -> None:
+    exact, quick, again = (make_clip(3, quick_gelu=quick).visual for quick in (False, True, False))
+    assert fingerprint(exact) == fingerprint(again) != fingerprint(quick)
+
+
 def test_unreachable_weights_name_tag_cache_and_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import urllib.request
 

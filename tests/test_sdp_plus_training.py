@@ -1,5 +1,6 @@
 """SDP+ trained as a user does it: what it learns, resumes, caches and refuses."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,14 @@ def test_cached_features_change_nothing(small_clip: str, auxiliary_root: Path, t
         assert count == 2 * (6 + 8)
         fitted(small_clip, auxiliary_root, tmp_path / "c", epochs=1, cache_features=cache)
         assert len(list(Path(cache).iterdir())) == count
-        other = str(save_clip(tmp_path / "other", seed=9))
-        fitted(other, auxiliary_root, tmp_path / "d", epochs=1, cache_features=cache)
+        other = save_clip(tmp_path / "other", seed=9)
+        fitted(str(other), auxiliary_root, tmp_path / "d", epochs=1, cache_features=cache)
         assert len(list(Path(cache).iterdir())) == 2 * count, "another CLIP must not be served these features"
+        content = json.loads((other / "open_clip_config.json").read_text())
+        content["preprocess_cfg"] = {"mean": [0.5, 0.5, 0.5]}
+        (other / "open_clip_config.json").write_text(json.dumps(content))
+        fitted(str(other), auxiliary_root, tmp_path / "e", epochs=1, cache_features=cache)
+        assert len(list(Path(cache).iterdir())) == 3 * count, "nor may otherwise normalised images"
 
 
 def test_bf16_mixed_trains_and_tests(small_clip: str, auxiliary_root: Path, category: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import open_clip
 import torch
 from huggingface_hub import constants
 from open_clip.pretrained import get_pretrained_cfg
+from open_clip.transformer import QuickGELU
 from torch import nn
 
 from anomalib_clipad.components.clip import Architecture, load_clip
@@ -211,10 +212,11 @@ def open_backbone(
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short name for a module's weights: equal weights, equal name.
+    """A short name for a module: equal weights and activation, equal name.
 
     Args:
-        module: Any module; a sample of each parameter is read.
+        module: Any module; a sample of each parameter is read, and whether CLIP's approximate GELU is in use, which the
+            weights do not tell.
 
     Returns:
         Twelve hexadecimal digits.
@@ -238,6 +240,9 @@ def fingerprint(module: nn.Module) -> str:
         sample = values[:: max(1, values.numel() // 256)].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
+    for name, part in module.named_modules():
+        if isinstance(part, QuickGELU):
+            digest.update(name.encode())
     return digest.hexdigest()[:12]
 
 

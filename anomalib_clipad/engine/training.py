@@ -123,7 +123,9 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
             raise InputError(msg)
         self.trained_on = list(data.class_names)
         self.model.set_classes(data.class_names, words=False)  # which may be those of other classes
-        data.cache(self._taps, f"{self.fingerprint} {self.model.visual.layers} {self.model.image_size}")
+        network, transform = self.model, getattr(self.pre_processor, "transform", None)
+        made_by = self.fingerprint, network.visual.layers, network.image_size, transform, self.trainer.precision
+        data.cache(self._taps, " ".join(map(str, made_by)))
 
     def on_train_end(self) -> None:
         """From now on a zero-shot model, of no class yet."""
