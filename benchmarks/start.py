@@ -21,7 +21,7 @@ from line import HEADER, Line, machine
 from safetensors.torch import save_file
 
 BACKBONE = "ViT-B-16-plus-240"
-ROUNDS = 5
+ROUNDS = 9
 LIMITS = {"time": 1.2, "memory": 1.1}
 
 READ = {

@@ -1,5 +1,6 @@
 """Weights from a tag, a file, a folder or a hub: loaded without executing them, or one sentence why not."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from anomalib_clipad.components import fingerprint, load_backbone
 from anomalib_clipad.components import pretrained as module
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.sdp import ClipAdSdpModel
 
 from .conftest import SMALL_CONFIG, make_clip, save_clip
 
@@ -138,6 +140,42 @@ def test_cached_weights_of_a_url_need_no_network(tmp_path: Path, monkeypatch: py
     loaded = load_backbone(TINY, "some_tag")
     assert same_weights(loaded.clip)
     assert loaded.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_checksum_of_downloaded_weights_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANOMALIB_CLIPAD_CACHE", str(tmp_path / "cache"))
+    cache = tmp_path / "home/.cache/clip"
+    cache.mkdir(parents=True)
+    torch.save(make_clip(3).state_dict(), cache / "w.pt")
+    name = f"tiny-{hashlib.sha256((cache / 'w.pt').read_bytes()).hexdigest()[:8]}.pt"
+    (cache / "w.pt").rename(cache / name)
+    url = f"https://github.com/mlfoundations/open_clip/{name}"
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, TINY, {"some_tag": {"url": url}})
+    verified: list[dict] = []
+
+    def verify(config: dict) -> str:
+        verified.append(config)
+        return open_clip.pretrained.download_pretrained(config)
+
+    monkeypatch.setattr(module, "download_pretrained", verify)
+
+    def start() -> ClipAdSdpModel:
+        return ClipAdSdpModel(TINY, "some_tag", ["nut"])
+
+    assert same_weights(load_backbone(TINY, "some_tag").clip)
+    first, second = start(), start()
+    assert torch.equal(first.text_features, second.text_features)
+    assert len(verified) == 2, "not before a digest was kept, and not after"
+    monkeypatch.setenv("ANOMALIB_CLIPAD_CACHE", "0")
+    start()
+    assert len(verified) == 3, "nothing is known without the cache"
+    monkeypatch.setenv("ANOMALIB_CLIPAD_CACHE", str(tmp_path / "cache"))
+    with (cache / name).open("ab") as file:
+        file.write(b"changed")
+    monkeypatch.setattr("urllib.request.urlopen", lambda _: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(InputError, match="could not be downloaded"), pytest.warns(match="checksum does not match"):
+        start()
 
 
 @pytest.mark.parametrize("as_tag", [True, False])

@@ -146,6 +146,15 @@ def test_invalid_values_in_the_text_tower_are_refused_before_it_is_used(tmp_path
         start(folder)
 
 
+def test_weights_that_were_damaged_since_are_refused(folder: Path) -> None:
+    start(folder)
+    state = {key: value.contiguous() for key, value in make_clip(3).state_dict().items()}
+    state["visual.proj"] = torch.full_like(state["visual.proj"], torch.nan)
+    save_file(state, folder / "open_clip_model.safetensors")
+    with pytest.raises(InputError, match=r"visual.proj has values that are not finite"):
+        start(folder)
+
+
 def test_a_file_that_changes_leaves_the_model_as_it_is(folder: Path) -> None:
     model = ClipAdSdpModel(str(folder))
     expected = make_clip(3).visual.state_dict()

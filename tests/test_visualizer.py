@@ -191,3 +191,19 @@ def test_the_next_model_on_an_engine_draws_with_its_own(small_clip: str, image_f
 def test_a_side_that_is_not_positive_is_refused() -> None:
     with pytest.raises(InputError, match="longest_side must be positive, got 0"):
         ClipAdVisualizer(longest_side=0)
+
+
+def test_threads_change_no_picture(
+    small_clip: str, category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    files = []
+    for threads in (1, 4):
+        monkeypatch.setattr("anomalib_clipad.engine.scored_batches.MOST_THREADS", threads)
+        engine = new_engine(tmp_path / str(threads))
+        engine.predict(ClipAdSdp("widget", backbone=small_clip), datamodule=folder(category))
+        root = Path(engine.trainer.default_root_dir)
+        pictures = [path for ending in ("png", "jpg") for path in sorted(root.rglob(f"*.{ending}"))]
+        files.append({path.relative_to(root): path.read_bytes() for path in pictures})
+    assert len(files[0]) == 3 * 11, "picture, thumbnail and heatmap of each image"
+    assert files[0] == files[1]

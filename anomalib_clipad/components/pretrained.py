@@ -1,5 +1,6 @@
 """Where pretrained weights are: open_clip's tags and the hub's files, in their caches or to be downloaded."""
 
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -8,6 +9,7 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
+from anomalib_clipad.components.text_cache import kept_digest
 from anomalib_clipad.components.weights import is_folder
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.plugin import DEMO
@@ -15,6 +17,7 @@ from anomalib_clipad.plugin import DEMO
 # The names under which open_clip saves to a folder or a hub, the safe one first.
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HUB_PREFIX = "hf-hub:"
+CHECKSUM = 8  # digits at least
 URL_CACHE = Path("~/.cache/clip")  # open_clip's own folder for weights that are not on a hub
 
 
@@ -95,13 +98,20 @@ def from_tag(backbone: str, tag: str) -> Path:
     try:
         if (found := find_cached(backbone, tag)) is not None:
             # open_clip verifies the checksum of a file from a URL, and does not download a valid one again.
-            return Path(download_pretrained({"url": url})) if found.parent == cache and url else found
+            from_url = found.parent == cache and url
+            return Path(download_pretrained({"url": url})) if from_url and not _is_verified(found, url) else found
         if hub:
             name, _, file = hub.rpartition("/")
             return hub_file(name, *([file] if file else WEIGHT_NAMES))
         return Path(download_pretrained(config))
     except Exception as error:  # urllib's, the hub's and the operating system's errors all mean the same to a user
         raise InputError(unreachable(f"weights {tag!r} of {backbone}", cache, error)) from error
+
+
+def _is_verified(file: Path, url: str) -> bool:
+    """Whether the file's SHA-256, which is known since an earlier start, is the one that a part of the URL begins."""
+    digest = kept_digest(file) or ""
+    return any(len(part) >= CHECKSUM and digest.startswith(part) for part in re.split(r"[/.-]", url))
 
 
 def find_cached(backbone: str, tag: str) -> Path | None:

@@ -83,28 +83,32 @@ class TextVectorCache:
 
     def _weights_digest(self, folder: Path) -> str:
         path = self.weights.resolve()
-        state = path.stat()
-        known = {"size": state.st_size, "modified": state.st_mtime_ns}
-        if self._digest_of is None or self._digest_of[0] != known:
-            self._digest_of = known, self._kept_digest(folder, path, known)
+        state = _state(path)
+        if self._digest_of is None or self._digest_of[0] != state:
+            file = _digest_file(folder, path)
+            digest = _read_digest(file, state)
+            if digest is None:
+                digest = _digest_of_file(path)
+                with suppress(OSError):  # a folder that cannot be written to: the weights are read again another time
+                    _write(file, json.dumps({**state, "sha256": digest}).encode())
+            self._digest_of = state, digest
         return self._digest_of[1]
 
-    @staticmethod
-    def _kept_digest(folder: Path, path: Path, known: dict[str, int]) -> str:
-        file = folder / "weights" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
-        try:
-            kept = json.loads(file.read_bytes())
-            if {key: kept[key] for key in known} == known:
-                return str(kept["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        digest = hashlib.sha256()
-        with path.open("rb") as content:
-            while part := content.read(CHUNK):
-                digest.update(part)
-        with suppress(OSError):  # a folder that cannot be written to; the weights are read again at the next start
-            _write(file, json.dumps({**known, "sha256": digest.hexdigest()}).encode())
-        return digest.hexdigest()
+
+def kept_digest(weights: Path) -> str | None:
+    """SHA-256 of a file of weights, if it is known of the file's present size and time of change.
+
+    Example:
+        >>> _ = Path("weights.pt").write_bytes(b"other weights")
+        >>> before = kept_digest(Path("weights.pt"))
+        >>> TextVectorCache(Path("weights.pt"), {}).write({}, torch.ones(1))
+        >>> before, kept_digest(Path("weights.pt"))[:8]
+        (None, '53959fa1')
+    """
+    if (folder := cache_folder()) is None:
+        return None
+    path = weights.resolve()
+    return _read_digest(_digest_file(folder, path), _state(path))
 
 
 def cache_folder() -> Path | None:
@@ -118,6 +122,31 @@ def cache_folder() -> Path | None:
     if chosen == "0":
         return None
     return Path(chosen) if chosen else user_cache_path("anomalib-clipad", appauthor=False)
+
+
+def _state(path: Path) -> dict[str, int]:
+    found = path.stat()
+    return {"size": found.st_size, "modified": found.st_mtime_ns}
+
+
+def _digest_file(folder: Path, weights: Path) -> Path:
+    return folder / "weights" / f"{hashlib.sha256(os.fsencode(weights)).hexdigest()}.json"
+
+
+def _read_digest(file: Path, state: dict[str, int]) -> str | None:
+    try:
+        kept = json.loads(file.read_bytes())
+        return str(kept["sha256"]) if {key: kept[key] for key in state} == state else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _digest_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while part := content.read(CHUNK):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

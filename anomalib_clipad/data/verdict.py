@@ -1,10 +1,10 @@
 """What is said of an image: one owner for tables, pictures and pages."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from anomalib.post_processing import PostProcessor
 
 from anomalib_clipad.data.batch import ZeroShotBatch
@@ -107,20 +107,29 @@ def verdicts(batch: ZeroShotBatch, model: object, number: str = "0") -> Iterator
     threshold = None
     if isinstance(post_processor, PostProcessor) and post_processor.enable_normalization:
         threshold = 1 - post_processor.image_sensitivity
-    for row, item in enumerate(batch.items):
-        class_index = 0 if item.class_index is None else int(item.class_index)
-        label = None if item.pred_label is None else bool(item.pred_label)
+    count = batch.batch_size
+    paths: Sequence[str | None] = batch.image_path or [None] * count
+    explanations: Sequence[str | None] = batch.explanation or [None] * count
+    columns = zip(
+        *(_numbers(batch, name) for name in ("class_index", "pred_score", "pred_label", "p_value", "gt_label")),
+        paths,
+        explanations,
+        strict=True,
+    )
+    for row, (class_index, score, label, p_value, truth, path, explanation) in enumerate(columns):
         yield Verdict(
-            path=str(item.image_path) if item.image_path else f"image {number}-{row}",
-            class_name=class_names[class_index] if class_names else None,
-            score=_number(item.pred_score),
+            path=str(path) if path else f"image {number}-{row}",
+            class_name=class_names[int(class_index or 0)] if class_names else None,
+            score=score,
             threshold=threshold if label is not None else None,
-            label=label,
-            p_value=_number(item.p_value),
-            truth=None if item.gt_label is None else bool(item.gt_label),
-            explanation=item.explanation,
+            label=None if label is None else bool(label),
+            p_value=p_value,
+            truth=None if truth is None else bool(truth),
+            explanation=explanation,
         )
 
 
-def _number(value: Any) -> float | None:  # noqa: ANN401 - a number or a tensor of one
-    return None if value is None else float(value)
+def _numbers(batch: ZeroShotBatch, name: str) -> list[float] | list[None]:
+    """A field as numbers, taken from the device at once."""
+    values: torch.Tensor | None = getattr(batch, name)
+    return [None] * batch.batch_size if values is None else values.detach().reshape(batch.batch_size).tolist()

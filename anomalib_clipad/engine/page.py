@@ -4,20 +4,22 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 
 from anomalib_clipad.components.pretrained import not_for_use
-from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.verdict import Verdict, verdicts
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor, map_on_the_scale
 from anomalib_clipad.engine.run_folder import run_folder, skipped_images, writing
-from anomalib_clipad.engine.scored_batches import ScoredBatches
+from anomalib_clipad.engine.scored_batches import ScoredBatches, planes, side_by_side
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.page import (
     Finding,
@@ -68,9 +70,13 @@ class PageWriter(ScoredBatches):
         room = self.most_images // trainer.world_size - len(self._images)
         said = list(verdicts(batch, model, number))
         self._scored += [verdict.path for verdict in said]
+        if room <= 0:
+            return
+        maps = None if batch.anomaly_map is None else map_on_the_scale(batch, model)
+        columns = planes(maps, len(said)), planes(batch.region, len(said)), _scores(batch, model), _raw_scores(batch)
+        drawn = partial(_drawn, _name(model), self._folder, bool(batch.image_path))
         with writing(self._folder / NAME):
-            for verdict, item, score in zip(said[: max(0, room)], batch.items, _scores(batch, model), strict=False):
-                self._images.append(_drawn(verdict, item, score, model, self._folder))
+            self._images += side_by_side(drawn, said[:room], *columns)
 
     def end(self, trainer: Trainer, model: LightningModule) -> None:
         """Join what several processes have drawn, and write the page."""
@@ -162,18 +168,29 @@ def _scores(batch: ZeroShotBatch, model: LightningModule) -> list[float]:
     return torch.where(inside | ~beyond.isfinite(), shown, beyond).tolist()
 
 
-def _drawn(verdict: Verdict, item: ZeroShotItem, score: float, model: LightningModule, folder: Path) -> PageImage:
-    path, heat = Path(verdict.path), None
-    if item.anomaly_map is not None:
-        anomaly_map = map_on_the_scale(item, model)
-        heat = write_heat_layer(anomaly_map.detach().float().cpu().squeeze().numpy(), path, folder)
-    region = None if item.region is None else item.region.cpu().numpy()
-    raw = "" if item.raw_score is None else f"{float(item.raw_score):.6g}"
+def _raw_scores(batch: ZeroShotBatch) -> list[str]:
+    if batch.raw_score is None:
+        return [""] * batch.batch_size
+    return [f"{score:.6g}" for score in batch.raw_score.detach().reshape(-1).tolist()]
+
+
+def _drawn(
+    model: str,
+    folder: Path,
+    has_file: bool,
+    verdict: Verdict,
+    anomaly_map: np.ndarray | None,
+    region: np.ndarray | None,
+    score: float,
+    raw_score: str,
+) -> PageImage:
+    path = Path(verdict.path)
+    heat = None if anomaly_map is None else write_heat_layer(anomaly_map, path, folder)
     return PageImage(
         path=verdict.path,
         category=verdict.class_name or "",
         truth=None if verdict.truth is None else int(verdict.truth),
-        findings={_name(model): Finding(score, raw, heat, verdict.p_value, verdict.explanation)},
-        thumbnail=write_thumbnail(path, folder, region) if item.image_path else None,
+        findings={model: Finding(score, raw_score, heat, verdict.p_value, verdict.explanation)},
+        thumbnail=write_thumbnail(path, folder, region) if has_file else None,
         original=original_for_browsers(path, folder),
     )

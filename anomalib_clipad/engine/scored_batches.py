@@ -1,13 +1,41 @@
 """Callbacks that act on every batch that test or predict has scored."""
 
 import logging
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_clipad.data.batch import ZeroShotBatch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+MOST_THREADS = 8  # each has a picture in memory
+
+
+def side_by_side(call: Callable[..., T], *columns: Sequence[Any]) -> list[T]:
+    """What a call gives for every image of a batch, in order, by several threads.
+
+    Threads are enough: Pillow lets others run while it decodes, resizes and encodes. Nothing in the call should use
+    torch, which has threads of its own for each thread that calls it.
+
+    Args:
+        call: Of one image.
+        *columns: Its arguments, one of each column an image.
+
+    Example:
+        >>> side_by_side(pow, [2, 3], [3, 2])
+        [8, 9]
+    """
+    if len(columns[0]) == 1:
+        return [call(*(column[0] for column in columns))]
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        return list(threads.map(call, *columns))
 
 
 class ScoredBatches(Callback):
@@ -63,6 +91,27 @@ class ScoredBatches(Callback):
         self.end(trainer, pl_module)
 
     on_predict_epoch_start, on_predict_batch_end, on_predict_end = on_test_epoch_start, on_test_batch_end, on_test_end
+
+
+def planes(values: torch.Tensor | None, count: int) -> list[np.ndarray] | list[None]:
+    """Maps or masks of a batch, taken from the device at once.
+
+    Args:
+        values: (B, H, W), or (B, 1, H, W) as some models give them; None where there are none.
+        count: B.
+
+    Returns:
+        (H, W) of every image.
+
+    Example:
+        >>> planes(torch.zeros(2, 1, 3, 4), 2)[0].shape, planes(None, 2)
+        ((3, 4), [None, None])
+    """
+    if values is None:
+        return [None] * count
+    values = values.detach().cpu()
+    numbers: np.ndarray = (values.float() if values.is_floating_point() else values).numpy()
+    return list(numbers.reshape(count, *numbers.shape[-2:]))
 
 
 def warn_of_not_finite(batch: ZeroShotBatch) -> None:

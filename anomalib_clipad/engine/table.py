@@ -2,19 +2,19 @@
 
 import csv
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from scipy import ndimage
 
-from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.verdict import VERDICTS, Verdict, verdicts
 from anomalib_clipad.engine.run_folder import HEATMAPS, IMAGES, MASKS, run_folder, skipped_images, writing
-from anomalib_clipad.engine.scored_batches import ScoredBatches
+from anomalib_clipad.engine.scored_batches import ScoredBatches, planes
 from anomalib_clipad.page.page import NAME as PAGE
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,9 @@ class PredictionTable(ScoredBatches):
         """Write the rows of a batch."""
         if self._file is None:
             return
-        rows = [_row(*pair) for pair in zip(verdicts(batch, model, number), batch.items, strict=True)]
+        masks = planes(batch.pred_mask, batch.batch_size)
+        pictures: Sequence[str | None] = batch.picture or [None] * batch.batch_size
+        rows = [_row(*one) for one in zip(verdicts(batch, model, number), masks, pictures, strict=True)]
         with writing(self.path(self._folder, trainer.global_rank)):
             csv.DictWriter(self._file, COLUMNS).writerows(rows)
             self._file.flush()
@@ -123,7 +125,7 @@ class PredictionTable(ScoredBatches):
             self._file = None
 
 
-def _row(verdict: Verdict, item: ZeroShotItem) -> dict[str, Any]:
+def _row(verdict: Verdict, mask: np.ndarray | None, picture: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "path": verdict.path,
         "class": verdict.class_name,
@@ -132,11 +134,11 @@ def _row(verdict: Verdict, item: ZeroShotItem) -> dict[str, Any]:
         "label": verdict.word,
         "p_value": _number(verdict.p_value),
         "true_label": verdict.true_word,
-        "picture": item.picture,
+        "picture": picture,
         "explanation": verdict.explanation,
     }
-    if item.pred_mask is not None:
-        mask = cast("torch.Tensor", item.pred_mask).detach().cpu().numpy().astype(bool)
+    if mask is not None:
+        mask = mask.astype(bool)
         row["marked_area"] = f"{mask.mean():.6f}"
         row |= {side: f"{value:.4f}" for side, value in zip(BOXES, largest_box(mask), strict=False)}
     return row

@@ -1,7 +1,8 @@
 """A picture of every image that test and predict have scored."""
 
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import cast
 
 import numpy as np
@@ -12,11 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torchvision.transforms.v2 import Normalize
 
-from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.verdict import Verdict, verdicts
 from anomalib_clipad.engine.post_processing import map_on_the_scale
 from anomalib_clipad.engine.run_folder import IMAGES, images_of, run_folder, writing
-from anomalib_clipad.engine.scored_batches import ScoredBatches
+from anomalib_clipad.engine.scored_batches import ScoredBatches, planes, side_by_side
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import replacing
 from anomalib_clipad.pictures.image_file import read_picture, size_within, sized
@@ -65,38 +66,47 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
 
     def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
         """Draw the images of a batch."""
-        folder, names = run_folder(trainer), []
-        for verdict, item in zip(verdicts(batch, model, number), batch.items, strict=True):
-            name = self._names(verdict.path)
-            picture = self._draw(verdict, item, model)
-            path = folder / IMAGES / name
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as draft:
-                    picture.save(draft, compress_level=COMPRESSION)
-            names.append(str(IMAGES / name))
-        batch.picture = names
-
-    def _draw(self, verdict: Verdict, item: ZeroShotItem, model: LightningModule) -> Image.Image:
         post_processor = getattr(model, "post_processor", None)
-        by_threshold = item.pred_mask is not None and isinstance(post_processor, PostProcessor)
-        return inspection_picture(
-            self._image(item, model),
-            None if item.anomaly_map is None else _plane(map_on_the_scale(item, model)),
-            verdict,
-            self._names.below(verdict.path),
-            None if item.pred_mask is None else _plane(item.pred_mask).astype(bool),
-            None if item.gt_mask is None else _plane(item.gt_mask).astype(bool),
-            1 - cast("PostProcessor", post_processor).pixel_sensitivity if by_threshold else None,
-            None if item.region is None else _plane(item.region),
+        by_threshold = batch.pred_mask is not None and isinstance(post_processor, PostProcessor)
+        threshold = 1 - cast("PostProcessor", post_processor).pixel_sensitivity if by_threshold else None
+        said, count = list(verdicts(batch, model, number)), batch.batch_size
+        names = [IMAGES / self._names(verdict.path) for verdict in said]
+        maps = None if batch.anomaly_map is None else map_on_the_scale(batch, model)
+        arrays = [planes(values, count) for values in (maps, batch.pred_mask, batch.gt_mask, batch.region)]
+        draw = partial(self._draw, model, run_folder(trainer), threshold)
+        side_by_side(
+            draw, names, batch.image_path or [None] * count, list(cast("torch.Tensor", batch.image)), said, *arrays
         )
+        batch.picture = list(map(str, names))
 
-    def _image(self, item: ZeroShotItem, model: LightningModule) -> Image.Image:
+    def _draw(
+        self,
+        model: LightningModule,
+        folder: Path,
+        map_threshold: float | None,
+        name: PurePath,
+        file: str | None,
+        pixels: torch.Tensor,
+        verdict: Verdict,
+        anomaly_map: np.ndarray | None,
+        pred_mask: np.ndarray | None,
+        gt_mask: np.ndarray | None,
+        region: np.ndarray | None,
+    ) -> None:
+        image, title = self._image(file, pixels, model), self._names.below(verdict.path)
+        picture = inspection_picture(image, anomaly_map, verdict, title, pred_mask, gt_mask, map_threshold, region)
+        path = folder / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as draft:
+                picture.save(draft, compress_level=COMPRESSION)
+
+    def _image(self, file: str | None, pixels: torch.Tensor, model: LightningModule) -> Image.Image:
         """The file as stored; where there is none any more, what the model was given."""
-        if item.image_path:
+        if file:
             with suppress(OSError, SyntaxError, ValueError):
-                return read_picture(Path(item.image_path), self.longest_side)
-        pixels = cast("torch.Tensor", item.image).detach().float().cpu()
+                return read_picture(Path(file), self.longest_side)
+        pixels = pixels.detach().float().cpu()
         for step in getattr(getattr(getattr(model, "pre_processor", None), "transform", None), "transforms", []):
             if isinstance(step, Normalize):
                 mean, std = (torch.tensor(values)[:, None, None] for values in (step.mean, step.std))
@@ -104,8 +114,3 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
         levels = (255 * pixels.nan_to_num().clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
         image = Image.fromarray(levels)
         return sized(image, size_within(image.size, self.longest_side))
-
-
-def _plane(values: torch.Tensor) -> np.ndarray:
-    """(H, W) of a map or mask, which some models give with a channel."""
-    return values.detach().float().cpu().numpy().reshape(values.shape[-2:])
