@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,7 +179,9 @@ def routes(model: ClipAdSdpModel, only_eager: bool, folder: Path) -> Iterator[tu
 
         say("choosing the ranges of INT8")
         images = nncf.Dataset([torch.randn(1, 3, *model.image_size).numpy() for _ in range(IMAGES_FOR_INT8)])
-        quantised = nncf.quantize(graph, images, model_type=nncf.ModelType.TRANSFORMER, subset_size=IMAGES_FOR_INT8)
+        kind = nncf.ModelType.TRANSFORMER
+        with redirect_stdout(sys.stderr):  # its progress, which is no part of the table
+            quantised = nncf.quantize(graph, images, model_type=kind, subset_size=IMAGES_FOR_INT8)
         # OpenVINO 2026.4 refuses the quantised graph of a free batch size.
         yield "OpenVINO, INT8", fixed_openvino_route(quantised, "f32")
 

@@ -1,8 +1,8 @@
 """An open_clip model, built and filled from a file: the vision tower at once, the text tower when it is needed."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +129,19 @@ def load_clip(architecture: Architecture, path: Path, trusted: bool = False) -> 
         expected = {name: tensor for name, tensor in expected.items() if _is_seen(name) is seen}
         names = [name for name in state if _is_seen(name) is seen]  # in the order of the file, a disk's fastest
         check_tensors({name: stand_in(state[name]) for name in names}, expected, what, advice, read=())
-
-        def copied(name: str) -> torch.Tensor:
-            nonlocal state, mapped, filled
-            bytes_read = stand_in(state[name]).nbytes
+        copies: dict[str, torch.Tensor] = {}
+        upcoming = None
+        for name, following in zip_longest(names, names[1:]):
+            values = values_of(state[name]) if upcoming is None else upcoming
+            bytes_read = values.nbytes
             if mapped > SPARE * size and filled + mapped + bytes_read > size:
                 state, mapped = open_file(), 0
+                values = values_of(state[name])
+            # The next values are asked for before these are copied: safetensors has them read meanwhile.
+            upcoming = None if following is None else values_of(state[following])
+            copy = {name: values.to(expected[name].dtype, copy=True)}
+            copies |= check_tensors(copy, {name: expected[name]}, what, advice)  # which the cache still has
             filled, mapped = filled + bytes_read, mapped + bytes_read
-            return values_of(state[name]).to(expected[name].dtype, copy=True)
-
-        copies: dict[str, torch.Tensor] = {}
-        with ThreadPoolExecutor(1) as reader:  # reads on while the values are looked at
-            for name, copy in zip(names, reader.map(copied, names), strict=True):
-                copies |= check_tensors({name: copy}, {name: expected[name]}, what, advice)
         return copies, filled
 
     changed = _changed(path)
