@@ -231,7 +231,8 @@ class NormalImagesMixin(_Module):
             msg = f"{wanted} references are more than the {MOST_REFERENCES} possible; set k_shot to take fewer."
             raise InputError(msg)
         if available < wanted:
-            msg = f"k_shot is {self.k_shot}, but {source} has {available} normal images; set k_shot accordingly."
+            noun = "image" if available == 1 else "images"
+            msg = f"k_shot is {self.k_shot}, but {source} has {available} normal {noun}; set k_shot accordingly."
             raise InputError(msg)
         chosen = list(islice(images, wanted))
         if not chosen or (self.k_shot and len(chosen) < wanted):
