@@ -178,6 +178,24 @@ def test_the_checksum_of_downloaded_weights_is_computed_once(tmp_path: Path, mon
         start()
 
 
+@pytest.mark.usefixtures("no_network")
+def test_openais_weights_are_verified_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANOMALIB_CLIPAD_CACHE", str(tmp_path / "cache"))
+    cache = tmp_path / "home/.cache/clip"
+    cache.mkdir(parents=True)
+    torch.save(make_clip(3).state_dict(), cache / "tiny.pt")
+    digest = hashlib.sha256((cache / "tiny.pt").read_bytes()).hexdigest()
+    url = f"https://openaipublic.azureedge.net/{digest}/tiny.pt"
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, TINY, {"openai": {"url": url}})
+    ClipAdSdpModel(TINY, "openai", ["nut"])
+    state = (cache / "tiny.pt").stat()
+    (cache / "tiny.pt").write_bytes(b"x" * state.st_size)
+    os.utime(cache / "tiny.pt", ns=(state.st_atime_ns, state.st_mtime_ns))
+    monkeypatch.setattr("urllib.request.urlopen", lambda _: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(InputError, match="could not be downloaded"), pytest.warns(match="checksum does not match"):
+        ClipAdSdpModel(TINY, "openai")
+
+
 @pytest.mark.parametrize("as_tag", [True, False])
 @pytest.mark.usefixtures("no_network")
 def test_cached_weights_of_a_hub_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_tag: bool) -> None:

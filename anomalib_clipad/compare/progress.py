@@ -61,7 +61,7 @@ class ImageProgress(Callback):
         del pl_module
         self._count("images", outputs_and_batch[1], trainer.predict_dataloaders)
 
-    def _count(self, what: str, batch: Any, loaders: Any) -> None:  # noqa: ANN401 - Lightning's
+    def _count(self, what: str, batch: Any, loaders: Any) -> None:  # noqa: ANN401 - Lightning types neither
         self._done += len(batch.image)
         several = loaders if isinstance(loaders, list | tuple) else [loaders]
         self.tell(what, self._done, sum(len(loader.dataset) for loader in several))

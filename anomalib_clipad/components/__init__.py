@@ -1,8 +1,9 @@
 """What both models are made of: text side, image side, and where they meet."""
 
-from anomalib_clipad.components.backbone import Backbone, OpenedBackbone, fingerprint, load_backbone, open_backbone
+from anomalib_clipad.components.backbone import Backbone, OpenedBackbone, load_backbone, open_backbone
 from anomalib_clipad.components.class_choice import ClassChoice
 from anomalib_clipad.components.class_text_features import ClassTextFeatures
+from anomalib_clipad.components.clip import fingerprint
 from anomalib_clipad.components.conformal import ConformalThreshold, conformal_threshold, p_values
 from anomalib_clipad.components.defect_names import DefectName, DefectNames, region_weights
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer

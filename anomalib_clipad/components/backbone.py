@@ -1,6 +1,5 @@
 """CLIP models of open_clip, with weights from a tag, a file or a hub, loaded without executing them."""
 
-import hashlib
 import json
 import logging
 import math
@@ -14,12 +13,12 @@ import open_clip
 import torch
 from huggingface_hub import constants
 from open_clip.pretrained import get_pretrained_cfg
-from open_clip.transformer import QuickGELU
 from torch import nn
 
 from anomalib_clipad.components.clip import Architecture, load_clip
 from anomalib_clipad.components.pretrained import (
     HUB_PREFIX,
+    OPENAI,
     URL_CACHE,
     WEIGHT_NAMES,
     check_names,
@@ -35,7 +34,7 @@ from anomalib_clipad.components.weights import is_file, is_folder, looks_like_fi
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.plugin import DEMO, DEMO_FOLDER
 
-__all__ = ["Backbone", "OpenedBackbone", "find_cached", "fingerprint", "load_backbone", "open_backbone"]
+__all__ = ["Backbone", "OpenedBackbone", "find_cached", "load_backbone", "open_backbone"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class LazyTokenizer:
         torch.Size([1, 12])
     """
 
-    def __init__(self, name: str, **options: Any) -> None:  # noqa: ANN401 - open_clip's
+    def __init__(self, name: str, **options: Any) -> None:  # noqa: ANN401 - handed on to open_clip.get_tokenizer
         self.name, self.options = name, options
 
     @cached_property
@@ -186,7 +185,7 @@ def open_backbone(
             raise InputError(msg)
         preprocess = get_pretrained_cfg(backbone, tag) if tag else {}
         # Older open_clip versions say so only in the code that loads OpenAI's weights.
-        openai = tag is not None and tag.lower() == "openai"
+        openai = tag is not None and tag.lower() == OPENAI
         quick_gelu = openai or bool(preprocess.get("quick_gelu"))
         architecture = Architecture(backbone, model_config, quick_gelu)
         if pretrained and weights is None:
@@ -209,41 +208,6 @@ def open_backbone(
     clip, fill_text = load_clip(architecture, weights, trusted)
     loaded = Backbone(clip, tokenizer, mean, std, suited)
     return OpenedBackbone(loaded, fill_text, TextVectorCache(weights, architecture.config))
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A short name for a module: equal weights and activation, equal name.
-
-    Args:
-        module: Any module; a sample of each parameter is read, and whether CLIP's approximate GELU is in use, which the
-            weights do not tell.
-
-    Returns:
-        Twelve hexadecimal digits.
-
-    Raises:
-        InputError: If ``module`` is not a module.
-
-    Example:
-        >>> layer = nn.Linear(4, 4)
-        >>> before = fingerprint(layer)
-        >>> _ = layer.weight.data.add_(1)
-        >>> before == fingerprint(layer)
-        False
-    """
-    if not isinstance(module, nn.Module):
-        msg = f"fingerprint takes a torch module, got a {type(module).__name__}."
-        raise InputError(msg)
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().flatten()
-        sample = values[:: max(1, values.numel() // 256)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    for name, part in module.named_modules():
-        if isinstance(part, QuickGELU):
-            digest.update(name.encode())
-    return digest.hexdigest()[:12]
 
 
 def _tokenizer_options(backbone: str, config: dict[str, Any]) -> dict[str, Any]:

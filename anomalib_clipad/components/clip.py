@@ -1,5 +1,6 @@
 """An open_clip model, built and filled from a file: the vision tower at once, the text tower when it is needed."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from itertools import zip_longest
@@ -9,6 +10,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.transformer import QuickGELU
 from torch import nn
 
 from anomalib_clipad.components.pretrained import first_line
@@ -169,6 +171,41 @@ def load_clip(architecture: Architecture, path: Path, trusted: bool = False) -> 
         has_text = True
 
     return clip, fill_text
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short name for a module: equal weights and activation, equal name.
+
+    Args:
+        module: Any module; a sample of each parameter is read, and whether CLIP's approximate GELU is in use, which the
+            weights do not tell.
+
+    Returns:
+        Twelve hexadecimal digits.
+
+    Raises:
+        InputError: If ``module`` is not a module.
+
+    Example:
+        >>> layer = nn.Linear(4, 4)
+        >>> before = fingerprint(layer)
+        >>> _ = layer.weight.data.add_(1)
+        >>> before == fingerprint(layer)
+        False
+    """
+    if not isinstance(module, nn.Module):
+        msg = f"fingerprint takes a torch module, got a {type(module).__name__}."
+        raise InputError(msg)
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        values = parameter.detach().flatten()
+        sample = values[:: max(1, values.numel() // 256)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    for name, part in module.named_modules():
+        if isinstance(part, QuickGELU):
+            digest.update(name.encode())
+    return digest.hexdigest()[:12]
 
 
 def _is_seen(name: str) -> bool:

@@ -18,6 +18,7 @@ from anomalib_clipad.plugin import DEMO
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HUB_PREFIX = "hf-hub:"
 CHECKSUM = 8  # digits at least
+OPENAI = "openai"  # tag of the weights that OpenAI published
 URL_CACHE = Path("~/.cache/clip")  # open_clip's own folder for weights that are not on a hub
 
 
@@ -78,7 +79,7 @@ def hub_file(name: str, *files: str) -> Path:
     for file in files[:-1]:
         try:
             return Path(hf_hub_download(name, file))
-        except Exception:  # noqa: BLE001, S112 - the same kinds as above; the last name's error is shown
+        except Exception:  # noqa: BLE001, S112 - the hub's client has a dozen kinds of error; the last name's is shown
             continue
     return Path(hf_hub_download(name, files[-1]))
 
@@ -97,9 +98,10 @@ def from_tag(backbone: str, tag: str) -> Path:
     cache = URL_CACHE.expanduser() if url else Path(constants.HF_HUB_CACHE)
     try:
         if (found := find_cached(backbone, tag)) is not None:
-            # open_clip verifies the checksum of a file from a URL, and does not download a valid one again.
-            from_url = found.parent == cache and url
-            return Path(download_pretrained({"url": url})) if from_url and not _is_verified(found, url) else found
+            # open_clip verifies the checksum of a file from a URL, and does not download a valid one again. OpenAI's
+            # may be TorchScript, which is loaded on the strength of it, so theirs is verified every time.
+            known = tag.lower() != OPENAI and _is_verified(found, url)
+            return Path(download_pretrained({"url": url})) if found.parent == cache and url and not known else found
         if hub:
             name, _, file = hub.rpartition("/")
             return hub_file(name, *([file] if file else WEIGHT_NAMES))

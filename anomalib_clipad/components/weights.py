@@ -111,7 +111,7 @@ def map_tensors(path: Path, what: str) -> dict[str, Any]:
         return _named(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)), path, what)
 
 
-def stand_in(mapped: Any) -> Any:  # noqa: ANN401 - of a damaged file, anything
+def stand_in(mapped: object) -> object:
     """What has shape and kind of a value of :func:`map_tensors`, for :func:`check_tensors`, without reading it."""
     if not isinstance(mapped, TensorInFile):
         return mapped

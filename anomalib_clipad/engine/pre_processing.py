@@ -74,31 +74,14 @@ class ClipAdPreProcessor(PreProcessor):
         if transform := self.transform_on(cast("torch.Tensor", batch.image).device):
             batch.image, batch.gt_mask = transform(batch.image, batch.gt_mask)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Prepare a batch for training."""
-        del trainer, pl_module, batch_idx
-        self.prepare(batch)
-
-    def on_validation_batch_start(
+    def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Prepare a batch for validation."""
+        """See :meth:`prepare`."""
         del trainer, pl_module, batch_idx, dataloader_idx
         self.prepare(batch)
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Prepare a batch for a test."""
-        del trainer, pl_module, batch_idx, dataloader_idx
-        self.prepare(batch)
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Prepare a batch for prediction."""
-        del trainer, pl_module, batch_idx, dataloader_idx
-        self.prepare(batch)
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def take(self, transform: Transform) -> None:
         """Prepare images by another transform from now on."""
