@@ -1,4 +1,4 @@
-"""Prediction in anomalib's engine without pictures, against reading the images alone.
+"""Prediction in anomalib's engine without pictures, with and without the page, against reading the images alone.
 
     python benchmarks/predict.py                                # 2048 PNG files of 900 x 900 pixels, on a GPU
     python benchmarks/predict.py --device cpu --pictures 64     # on a CPU the model takes longer than reading
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.data import ReadableDataLoader
+from anomalib_clipad.engine.page import PageWriter
 
 DRAWN = 64  # further files are links to these
 
@@ -50,7 +51,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure both."""
+    """Measure all three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="ViT-B-16-plus-240")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -69,7 +70,7 @@ def main() -> None:
         write_pictures(folder, arguments.pictures, arguments.side)
         data = PredictDataset(folder)
         loader = DataLoader(data, arguments.batch_size, num_workers=arguments.workers, collate_fn=data.collate_fn)
-        model = ClipAdSdp(class_name="bottle", backbone=arguments.backbone, pretrained=None, visualizer=False)
+        model = ClipAdSdp("bottle", arguments.backbone, pretrained=None, visualizer=False, page=False)
         engine = Engine(
             accelerator="gpu" if gpu else "cpu",
             devices=1,
@@ -86,15 +87,21 @@ def main() -> None:
             for _ in ReadableDataLoader(loader):
                 pass
 
+        def predict_with_page() -> None:
+            model.page = PageWriter()
+            predict()
+
         predict()  # the first run starts CUDA, and the files are in memory then
-        predicted, read_alone = (arguments.pictures / seconds(call) for call in (predict, read))
+        calls = {"reading alone": read, "prediction": predict, "prediction with page": predict_with_page}
+        rates = {what: arguments.pictures / seconds(call) for what, call in calls.items()}
     device = torch.cuda.get_device_name() if gpu else "the CPU"
     print(
         f"{arguments.backbone} on {device}, {precision}, {arguments.pictures} PNG files of {arguments.side} x "
         f"{arguments.side}, {arguments.workers} processes that read, torch {torch.__version__}\n"
     )
-    print("| images/s of prediction | of reading alone | share |\n|---|---|---|")
-    print(f"| {predicted:.1f} | {read_alone:.1f} | {predicted / read_alone:.0%} |")
+    print("| | images/s | of reading alone |\n|---|---|---|")
+    for what, rate in rates.items():
+        print(f"| {what} | {rate:.1f} | {rate / rates['reading alone']:.0%} |")
 
 
 if __name__ == "__main__":

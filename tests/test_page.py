@@ -276,10 +276,10 @@ def test_the_page_says_what_is_not_on_it(small_clip: str, tmp_path: Path) -> Non
 def test_a_model_without_a_page_writes_none_and_the_trainer_is_left_without_it(
     small_clip: str, image_folder: Path, tmp_path: Path
 ) -> None:
-    engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip, **BARE)
-    model.page = None
+    engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip, page=False, **BARE)
     engine.predict(model, data_path=image_folder)
-    assert not list(tmp_path.rglob("report.html"))
+    assert not list(tmp_path.rglob("report*"))
+    assert list(tmp_path.rglob(TABLE))
     model.page = PageWriter()
     engine.predict(model, data_path=image_folder)
     assert not any(isinstance(callback, PageWriter) for callback in engine.trainer.callbacks)

@@ -125,10 +125,11 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         false_alarm_rate: float | None = None,
         augment_references: bool = False,
         single_pass: bool = True,
+        page: bool = True,
     ) -> None:
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
-        self.table, self.page = PredictionTable(), PageWriter()
+        self.table, self.page = PredictionTable(), PageWriter() if page else None
         self.class_name = class_name
         self.adopt_size(self.hparams.get("image_size"))
         self.adopt_single_pass(single_pass)

@@ -73,6 +73,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
             figures are the same, in half the time.
         extra_outputs: Whether exported ONNX and OpenVINO files give the p-value and the words' probabilities, too.
             anomalib's OpenVINOInferencer takes no file with more than its four outputs.
+        page: Whether to write ``report.html``, a page to look through the images.
         pre_processor: Pre-processor, or whether to use the default: bicubic resize and CLIP's normalisation.
         post_processor: Post-processor, or whether to use the default: scores and maps in [0, 1], labels and masks.
         evaluator: Evaluator, or whether to use the default: AUROC, F1Max, AP of images and pixels, AUPRO, F1Score.
@@ -118,6 +119,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         output_size: str | None = None,
         single_pass: bool = True,
         extra_outputs: bool = False,
+        page: bool = True,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -145,7 +147,7 @@ class ClipAdSdpPlus(AuxiliaryTrainingMixin, AnomalibModule):  # type: ignore[mis
         if evaluator is True and adapter is None:
             evaluator = paper_evaluator(validate=True)
         super().__init__(*self.components_for(model, pre_processor, post_processor), evaluator, visualizer)
-        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass)
+        self.adopt(model, class_name, k_shot, few_shot_source, false_alarm_rate, augment_references, single_pass, page)
         self.adopt_extra_outputs(extra_outputs)
         self.adopt_output_size(output_size)
         trained_on = (
