@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from anomalib.data import InferenceBatch, PredictDataset
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.func import functional_call
@@ -20,7 +21,7 @@ from torchvision.transforms.v2 import Normalize
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.components import p_values
 from anomalib_clipad.data.batch import ZeroShotBatch
-from anomalib_clipad.engine.host import readable_images
+from anomalib_clipad.engine.host import images_converted_on_the_gpu, readable_images
 
 from .conftest import build_model, write_category
 
@@ -132,6 +133,30 @@ def test_pictures_for_a_gpu_are_pinned(tmp_path: Path, device: str, pinned: bool
         loader = strategy.process_dataloader(DataLoader(data, collate_fn=data.collate_fn))
     assert loader.pin_memory is pinned
     assert next(iter(loader)).image.ndim == 4
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16)])
+def test_pictures_for_a_gpu_are_not_converted_by_the_host(device: str, dtype: torch.dtype) -> None:
+    plugin = HalfPrecision("bf16-true")
+    strategy, run = SimpleNamespace(root_device=torch.device(device)), SimpleNamespace(fn=TrainerFn.PREDICTING)
+    with images_converted_on_the_gpu(SimpleNamespace(strategy=strategy, precision_plugin=plugin, state=run)):
+        assert plugin.convert_input(torch.ones(2)).dtype == dtype
+    assert plugin.convert_input(torch.ones(2)).dtype == torch.bfloat16, "the user's plugin is left as it was"
+
+
+@pytest.mark.parametrize("name", ["ClipAdSdp", "ClipAdSdpPlus"])
+@pytest.mark.parametrize("tiles", [{}, {"image_size": (40, 56), "tile_size": 32, "region": [[0.1, 0.1, 0.8, 0.9]]}])
+def test_a_network_of_fewer_bits_takes_pictures_in_float32(
+    small_clip: str, tmp_path: Path, name: str, tiles: dict[str, object]
+) -> None:
+    model = build_model(name, small_clip, tmp_path, visualizer=False, **tiles)
+    model.choose_class("widget")
+    network = model.model.eval().to(torch.bfloat16)
+    network.set_references([torch.rand(2, 3, *network.image_size)])
+    images = torch.rand(3, 3, *network.image_size).to(torch.bfloat16)
+    ours, expected = network(images.float()), network(images)
+    assert torch.equal(ours.pred_score, expected.pred_score)
+    assert torch.equal(ours.anomaly_map, expected.anomaly_map)
 
 
 def test_a_batch_pins_its_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
