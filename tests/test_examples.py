@@ -60,9 +60,12 @@ def test_gpu_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip:
 def test_prediction_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip: str) -> None:
     options = "--device cpu --pictures 70 --side 40 --batch-size 16 --workers 0"
     table = run("benchmarks/predict.py", "--backbone", small_clip, *options.split())
-    predicted, reading, share = (cell.strip() for cell in table.splitlines()[-1].strip("|").split("|"))
-    assert 0 < float(predicted) < float(reading)
-    assert abs(float(predicted) / float(reading) - float(share.removesuffix("%")) / 100) < 0.01
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[-3:]]
+    assert [what for what, *_ in rows] == ["reading alone", "prediction", "prediction with page"]
+    reading = float(rows[0][1])
+    for _, rate, share in rows[1:]:
+        assert 0 < float(rate) < reading
+        assert abs(float(rate) / reading - float(share.removesuffix("%")) / 100) < 0.01
 
 
 def test_mosaics_are_drawn_and_counted(run: Callable[..., str], tmp_path: Path) -> None:
