@@ -26,7 +26,7 @@ from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.data import ReadableDataLoader
 from anomalib_clipad.engine.page import PageWriter
 
-DRAWN = 64  # further files are links to these
+DRAWN = 16  # further files are links to these; drawing takes a quarter of a second each
 
 
 def write_pictures(folder: Path, count: int, side: int) -> None:

@@ -135,10 +135,17 @@ def test_pictures_for_a_gpu_are_pinned(tmp_path: Path, device: str, pinned: bool
     assert next(iter(loader)).image.ndim == 4
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16)])
-def test_pictures_for_a_gpu_are_not_converted_by_the_host(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("device", "stage", "dtype"),
+    [
+        ("cuda", TrainerFn.PREDICTING, torch.float32),
+        ("cuda", TrainerFn.FITTING, torch.bfloat16),
+        ("cpu", TrainerFn.PREDICTING, torch.bfloat16),
+    ],
+)
+def test_pictures_for_a_gpu_are_not_converted_by_the_host(device: str, stage: TrainerFn, dtype: torch.dtype) -> None:
     plugin = HalfPrecision("bf16-true")
-    strategy, run = SimpleNamespace(root_device=torch.device(device)), SimpleNamespace(fn=TrainerFn.PREDICTING)
+    strategy, run = SimpleNamespace(root_device=torch.device(device)), SimpleNamespace(fn=stage)
     with images_converted_on_the_gpu(SimpleNamespace(strategy=strategy, precision_plugin=plugin, state=run)):
         assert plugin.convert_input(torch.ones(2)).dtype == dtype
     assert plugin.convert_input(torch.ones(2)).dtype == torch.bfloat16, "the user's plugin is left as it was"

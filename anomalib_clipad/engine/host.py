@@ -14,6 +14,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
@@ -98,11 +99,12 @@ def readable_images(trainer: Trainer) -> Iterator[None]:
 def images_converted_on_the_gpu(trainer: Trainer) -> Iterator[None]:
     """Leave images in float32 until they are on the GPU, where the network takes them to its own precision.
 
-    With ``bf16-true`` and ``16-true`` Lightning converts every batch on the host before it is copied, which takes time
-    for large pictures and leaves pinned memory for memory that is not.
+    With ``bf16-true`` and ``16-true`` Lightning converts every batch on the host before it is copied, where pictures are
+    still large, and what it makes is not in pinned memory. Training, whose features may be kept, stays as it is.
     """
     plugin = trainer.precision_plugin
-    wanted = trainer.strategy.root_device.type == "cuda" and trainer.state.fn != TrainerFn.FITTING
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    wanted = on_gpu and isinstance(plugin, HalfPrecision) and trainer.state.fn != TrainerFn.FITTING
     if wanted:
         plugin.convert_input = lambda data: data  # type: ignore[method-assign]  # for this run
     try:
