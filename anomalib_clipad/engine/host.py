@@ -99,8 +99,8 @@ def readable_images(trainer: Trainer) -> Iterator[None]:
 def images_converted_on_the_gpu(trainer: Trainer) -> Iterator[None]:
     """Leave images in float32 until they are on the GPU, where the network takes them to its own precision.
 
-    With ``bf16-true`` and ``16-true`` Lightning converts every batch on the host before it is copied, where pictures are
-    still large, and what it makes is not in pinned memory. Training, whose features may be kept, stays as it is.
+    Under ``bf16-true`` and ``16-true`` Lightning converts every batch on the host before it is copied: large pictures,
+    into memory that is not pinned. Training, whose features may be kept, stays as it is.
     """
     plugin = trainer.precision_plugin
     on_gpu = trainer.strategy.root_device.type == "cuda"
