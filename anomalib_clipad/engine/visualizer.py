@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import cast
 
+import cv2
 import numpy as np
 import torch
 from anomalib.post_processing import PostProcessor
@@ -19,13 +20,12 @@ from anomalib_clipad.engine.post_processing import map_on_the_scale
 from anomalib_clipad.engine.run_folder import IMAGES, images_of, run_folder, writing
 from anomalib_clipad.engine.scored_batches import ScoredBatches, planes, side_by_side
 from anomalib_clipad.errors import InputError
-from anomalib_clipad.files import replacing
+from anomalib_clipad.files import write_atomically
 from anomalib_clipad.pictures.image_file import read_picture, size_within, sized
 from anomalib_clipad.pictures.inspection import inspection_picture
 from anomalib_clipad.pictures.names import PictureNames
 
 LONGEST_SIDE = 512
-COMPRESSION = 1  # of a PNG; more takes three times as long for the same size
 
 
 class ClipAdVisualizer(ScoredBatches, Visualizer):
@@ -98,8 +98,8 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
         path = folder / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as draft:
-                picture.save(draft, compress_level=COMPRESSION)
+            # OpenCV encodes PNG in less than half of Pillow's time, and no larger.
+            write_atomically(path, cv2.imencode(".png", np.asarray(picture)[..., ::-1])[1].tobytes())
 
     def _image(self, file: str | None, pixels: torch.Tensor, model: LightningModule) -> Image.Image:
         """The file as stored; where there is none any more, what the model was given."""
