@@ -47,12 +47,13 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
         msg = f"surgery_features must be a list of equal floating-point tensors (B, N + 1, D), got {found}."
         raise InputError(msg)
     check_text_features(text_features, taps[0].shape[0], taps[0].shape[2])
-    text = text_features.float().expand(surgery_features[0].shape[0], -1, -1)  # (B, 2, D)
-    total = torch.zeros((), device=text.device)
-    for tokens in surgery_features:
-        f = F.normalize(tokens.float(), dim=-1)
-        p = (f[:, :1] @ margin(text).transpose(1, 2)).sigmoid()  # (B, 1, 1), of the class token, softmax of two
-        total = total + f @ (p * text[:, 1:] - (1 - p) * text[:, :1]).transpose(1, 2)  # (B, N + 1, 1)
+    normal, anomalous = text_features.float().unbind(dim=-2)  # (D,) or (B, D) each
+    class_tokens = F.normalize(torch.stack([tokens[:, 0] for tokens in taps]).float(), dim=-1)  # (stages, B, D)
+    # Of all stages at once: on a GPU a small batch waits for the launches. A softmax of two is a sigmoid.
+    p = (class_tokens * (anomalous - normal)).sum(dim=-1, keepdim=True).sigmoid()
+    directions = (p * anomalous - (1 - p) * normal)[..., None]  # (stages, B, D, 1)
+    shares = [F.normalize(f.float(), dim=-1) @ d for f, d in zip(taps, directions, strict=True)]
+    total = torch.stack(shares).sum(dim=0)  # (B, N + 1, 1)
     return torch.cat([-total, total], dim=-1)
 
 

@@ -58,9 +58,8 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
     def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
         """SDP's map plus the layers' anomalous probabilities, (B, H, W)."""
         total = super().map_before_smoothing(features, text_features)
-        for logits in self.patch_logits(features.original, text_features):
-            total = total + self._enlarge(logits)[:, 0].sigmoid()
-        return total
+        logits = torch.cat(self.patch_logits(features.original, text_features), dim=1)  # (B, taps, rows, columns)
+        return total + self._enlarge(logits).sigmoid().sum(dim=1)
 
     def loss(
         self,
@@ -133,11 +132,11 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
 
         A softmax of two is a sigmoid of their difference: one map to enlarge instead of two, and see :func:`margin`.
         """
-        text = margin(text_features.float()).expand(original[0].shape[0], -1, -1)  # (B, 1, D)
+        text = LOGIT_SCALE * margin(text_features.float()).expand(original[0].shape[0], -1, -1)  # (B, 1, D)
         taps = []
         for layer, tokens in zip(cast("list[nn.Linear]", self.adapter), original, strict=True):
             patches = linear(tokens[:, 1:].float(), layer.weight.float(), layer.bias.float())  # (B, N, D)
-            logits = LOGIT_SCALE * F.normalize(patches, dim=-1) @ text.transpose(1, 2)  # (B, N, 1)
+            logits = F.normalize(patches, dim=-1) @ text.transpose(1, 2)  # (B, N, 1)
             taps.append(logits.transpose(1, 2).unflatten(2, self.grid))
         return taps
 
