@@ -93,6 +93,22 @@ def test_no_normal_image_of_the_calibration_shows_more_than_promised(
     assert (found["p_value"] <= 0.2).sum() == 1
 
 
+def test_a_normal_image_stays_normal_whatever_the_last_digits_of_its_score(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    """As in another batch, or on another machine."""
+    model = ClipAdSdp("cup", small_clip, false_alarm_rate=0.2, **BARE)
+    new_engine(tmp_path / "a").validate(model, datamodule=folder(parts), verbose=False)
+    images = [PredictDataset(path)[0].image for path in sorted((parts / "train/good").iterdir())]
+    raw = model.model(model.pre_processor.transform(torch.stack(images)))
+    for digits in (-1, 0, 1):
+        scores, maps = raw.pred_score + digits * 1e-6, raw.anomaly_map + digits * 1e-6 * raw.anomaly_map.std()
+        again = model.post_processor(raw._replace(pred_score=scores, anomaly_map=maps))
+        assert again.pred_label.sum() == 1
+        assert again.pred_mask.flatten(1).any(dim=1).sum() == 1
+        assert (model.post_processor.p_values(scores, None) <= 0.2).sum() == 1
+
+
 @pytest.mark.parametrize(
     "arguments", [{}, {"k_shot": 3}, {"false_alarm_rate": 0.2}, {"k_shot": 2, "false_alarm_rate": 0.2}]
 )
