@@ -52,10 +52,8 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
     # Of all stages at once: on a GPU a small batch waits for the launches. A softmax of two is a sigmoid.
     p = (class_tokens * (anomalous - normal)).sum(dim=-1, keepdim=True).sigmoid()
     directions = (p * anomalous - (1 - p) * normal)[..., None]  # (stages, B, D, 1)
-    total = torch.zeros((), device=directions.device)
-    for tokens, direction in zip(taps, directions, strict=True):
-        # One by one: the order in which torch's sum adds depends on the batch.
-        total = total + F.normalize(tokens.float(), dim=-1) @ direction  # (B, N + 1, 1)
+    shares = [F.normalize(tokens.float(), dim=-1) @ d for tokens, d in zip(taps, directions, strict=True)]
+    total = torch.stack(shares).sum(dim=0)  # (B, N + 1, 1)
     return torch.cat([-total, total], dim=-1)
 
 

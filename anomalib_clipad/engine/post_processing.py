@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 # anomalib's, of which thresholds and ranges are made.
 METRICS = tuple(f"_{level}_{kind}_metric" for level in ("image", "pixel") for kind in ("threshold", "min_max"))
 STEP = 0.01  # as far below a score as its threshold may look for the next one; the least range of scores, too
-# Scored again in another batch, a normal image differs in the last digits; that is not to make it anomalous.
-ROUNDING = 5e-6  # of the range of scores
+# Of the range of scores: in another batch, in float32, a normal image differs by less, which is not to change its label.
+ROUNDING = 5e-6
 
 
 class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
@@ -178,7 +178,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
                     given = torch.cat([given, validated[labels == 0]])
             self._set_conformal(network, normal, given, of)
         elif len(normal):
-            self.good_scores = _good_scores(network, normal, given).sort().values
+            self.good_scores = (network.fuse(normal[:, 0], normal[:, 1], given) + ROUNDING).sort().values
 
     def _between_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         if self.enable_thresholding and not labels.all():
@@ -197,7 +197,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
                 self.false_alarm_rate,
             )
             return
-        scores = _good_scores(network, normal, class_index)
+        scores = network.fuse(normal[:, 0], normal[:, 1], class_index) + ROUNDING
         image, pixel = (conformal_threshold(values, self.false_alarm_rate) for values in (scores, normal[:, 2]))
         self.good_scores = scores.sort().values.to(self.good_scores.device)
         low, high = network.score_limits
@@ -274,13 +274,6 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         known = (limit.nan_to_num(value) for limit, value in zip(limits, (0.0, 1.0, 0.5), strict=True))
         normalised = cast("torch.Tensor", self._normalize(values, *known))
         return torch.where(limits[-1].isnan(), by_rule, normalised)
-
-
-def _good_scores(
-    network: ZeroShotNetwork, normal: torch.Tensor, class_index: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Image scores of normal images from their two scores, see :data:`ROUNDING`."""
-    return network.fuse(normal[:, 0], normal[:, 1], class_index) + ROUNDING
 
 
 def map_on_the_scale(of: ZeroShotBatch | ZeroShotItem, model: LightningModule) -> torch.Tensor:

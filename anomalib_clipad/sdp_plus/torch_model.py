@@ -59,9 +59,7 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         """SDP's map plus the layers' anomalous probabilities, (B, H, W)."""
         total = super().map_before_smoothing(features, text_features)
         logits = torch.cat(self.patch_logits(features.original, text_features), dim=1)  # (B, taps, rows, columns)
-        for probability in self._enlarge(logits).sigmoid().unbind(dim=1):
-            total = total + probability
-        return total
+        return total + self._enlarge(logits).sigmoid().sum(dim=1)
 
     def loss(
         self,
