@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # anomalib's, of which thresholds and ranges are made.
 METRICS = tuple(f"_{level}_{kind}_metric" for level in ("image", "pixel") for kind in ("threshold", "min_max"))
 STEP = 0.01  # as far below a score as its threshold may look for the next one; the least range of scores, too
-# Of the range of scores: in another batch, in float32, a normal image differs by less, which is not to change its label.
+# Of the range of scores. In float32 a normal image differs by less in another batch, which is not to change its label.
 ROUNDING = 5e-6
 
 
