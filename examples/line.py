@@ -52,11 +52,12 @@ def load(path: Path) -> Model:
 def read(path: str) -> np.ndarray:
     """Pixels of a picture, scaled as in the engine."""
     with Image.open(path) as image:
+        # Pillow would cut 16 bits off at 255. Older versions open a PNG of 16 bits in the mode of 32.
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+            return np.asarray(image, dtype=np.float32)[None, None].repeat(3, axis=1) / 65535
         if image.mode in ("I", "F"):
             msg = "it has more than 16 bits"
             raise ValueError(msg)
-        if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
-            return np.asarray(image, dtype=np.float32)[None, None].repeat(3, axis=1) / 65535
         return np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)[None] / 255
 
 

@@ -36,16 +36,26 @@ def remarks(found: dict[str, np.ndarray], facts: dict[str, list]) -> str:
     return "".join(f", {one}" for one in [*told, *(f"of class {name}" for name in classes[chosen : chosen + 1])])
 
 
+def read(path: Path) -> np.ndarray:
+    """Pixels of a picture, (1, 3, H, W) in [0, 1], scaled as in the engine; of any size, since the model resizes."""
+    with Image.open(path) as image:
+        # Pillow would cut 16 bits off at 255. Older versions open a PNG of 16 bits in the mode of 32.
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+            return np.asarray(image, dtype=np.float32)[None, None].repeat(3, axis=1) / 65535
+        if image.mode in ("I", "F"):
+            parser.error(f"{path} has more than 16 bits a pixel; save it with 8 or 16.")
+        return np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)[None] / 255
+
+
 arguments.output.mkdir(parents=True, exist_ok=True)
 session = onnxruntime.InferenceSession(arguments.model)
 names = [output.name for output in session.get_outputs()]
 facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
 for number, path in enumerate(arguments.pictures):
-    picture = Image.open(path).convert("RGB")
-    pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1)[None] / 255  # any size: the model resizes
+    pixels = read(path)
     found = dict(zip(names, session.run(names, {"input": pixels}), strict=True))
     label, score, marked = found["pred_label"][0], found["pred_score"][0], found["pred_mask"].mean()
     verdict = f"{'anomalous' if label else 'normal'}, score {score:.3f}, {marked:.1%} of it marked"
     print(f"{path}: {verdict}{remarks(found, facts)}")
-    heatmap = Image.fromarray((255 * found["anomaly_map"][0]).astype(np.uint8)).resize(picture.size)
+    heatmap = Image.fromarray((255 * found["anomaly_map"][0]).astype(np.uint8)).resize(pixels.shape[:1:-1])
     heatmap.save(arguments.output / f"{number:03d}_{path.stem}.png")  # pictures of two folders can share a name

@@ -248,15 +248,27 @@ def test_the_example_needs_neither_anomalib_nor_torch(exported: Exported, catego
     picture = pictures / "photo.png"
     Image.open(category / "test/square/000.png").resize((90, 60)).save(picture)
     shutil.copy(exported.onnx, tmp_path / "alone.onnx")
-    done = run_example("alone.onnx", picture, cwd=tmp_path)
+    deep = np.asarray(Image.open(picture).convert("L"), dtype=np.uint16) * 100  # which 8 bits would saturate
+    Image.fromarray(deep).save(pictures / "deep.png")
+    done = run_example("alone.onnx", pictures / "deep.png", picture, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = eager(exported.model, torch.from_numpy(read(picture)))
-    verdict = "anomalous" if expected["pred_label"][0] else "normal"
-    assert f"{verdict}, score {expected['pred_score'][0]:.3f}" in done.stdout
-    assert files(pictures) == ["photo.png"], "the next run over the folder must not find heatmaps in it"
-    heatmap = np.asarray(Image.open(tmp_path / "heatmaps/000_photo.png"))
+    of_deep = np.tile(deep.astype(np.float32) / 65535, (1, 3, 1, 1))
+    for line, pixels in zip(done.stdout.splitlines(), (of_deep, read(picture)), strict=True):
+        expected = eager(exported.model, torch.from_numpy(pixels))
+        verdict = "anomalous" if expected["pred_label"][0] else "normal"
+        assert f"{verdict}, score {expected['pred_score'][0]:.3f}" in line
+    assert files(pictures) == ["deep.png", "photo.png"], "the next run over the folder must not find heatmaps in it"
+    heatmap = np.asarray(Image.open(tmp_path / "heatmaps/001_photo.png"))
     assert heatmap.shape == (60, 90)
     assert abs(heatmap.mean() / 255 - expected["anomaly_map"].mean()) < 0.02
+
+
+@pytest.mark.slow
+def test_the_example_refuses_a_picture_of_more_than_16_bits(exported: Exported, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((40, 60), dtype=np.float32)).save(tmp_path / "deep.tiff")
+    done = run_example(exported.onnx, "deep.tiff", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("error: deep.tiff has more than 16 bits a pixel; save it with 8 or 16.")
 
 
 def test_the_example_names_a_missing_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
+from scipy.integrate import trapezoid
 from scipy.ndimage import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
@@ -65,7 +66,7 @@ def aupro(masks: np.ndarray, maps: np.ndarray, limit: float = 0.3) -> float:
     inside = rate <= limit
     rate = np.append(rate[inside], limit)
     overlap = np.append(overlap[inside], np.interp(limit, *np.array(points).T))
-    return float(np.trapezoid(overlap, rate) / limit)
+    return float(trapezoid(overlap, rate) / limit)
 
 
 @pytest.fixture(scope="module")
