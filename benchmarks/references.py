@@ -1,4 +1,4 @@
-"""What normal images give: metrics over their number, and false-alarm rates against the promise.
+"""What normal images give: metrics over their number, false-alarm rates against the promise, and masks of defects.
 
     python benchmarks/references.py                       # the demonstration's held-out textures
     python benchmarks/references.py FOLDER [FOLDER ...]   # and folders in MVTec's layout, of any image format
@@ -29,6 +29,7 @@ from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 SEEDS = 5
 SHOTS = (1, 2, 4, 8)
 RATES = (0.05, 0.1, 0.2)
+MASK_RATE = 0.1
 MAP_SIZE = 128  # pixels a side in which maps and masks are compared
 
 
@@ -124,21 +125,30 @@ def shots(model: ClipAdSdp, data: Images) -> list[str]:
     return cells
 
 
+def normal_scores(model: ClipAdSdp, data: Images, order: torch.Tensor, references: int, others: bool) -> list[Scores]:
+    """Make the first training images references, and score these and, where wanted, the others."""
+    network = model.model
+    network.set_classes(network.class_names)
+    scored = [network.set_references(data.train[order[:references]].split(8))] if references else []
+    return [*scored, score(model, data.train[order[references:]])] if others else scored
+
+
+def calibrated(model: ClipAdSdp, scored: list[Scores], references: int, rate: float) -> ClipAdPostProcessor:
+    """A post-processor with thresholds from these normal images."""
+    post_processor = ClipAdPostProcessor(model.model.map_scale, false_alarm_rate=rate)
+    post_processor.set_from_normal(model.model, scored, references)
+    return post_processor
+
+
 def false_alarms(model: ClipAdSdp, data: Images, references: int, others: bool) -> list[str]:
     """Realised against expected rates on the good test images: labels, then masks with any pixel."""
     realised: dict[float, list[list[float]]] = {rate: [] for rate in RATES}
     expected: dict[float, float] = {}
     for order in draws(len(data.train)):
-        network = model.model
-        network.set_classes(network.class_names)
-        used = order[:references]
-        scored = [network.set_references(data.train[used].split(8))] if references else []
-        if others:
-            scored.append(score(model, data.train[order[references:]]))
-        prediction = network.predictions(score(model, data.test[~data.labels]))
+        scored = normal_scores(model, data, order, references, others)
+        prediction = model.model.predictions(score(model, data.test[~data.labels]))
         for rate in RATES:
-            post_processor = ClipAdPostProcessor(network.map_scale, false_alarm_rate=rate)
-            post_processor.set_from_normal(network, scored, references)
+            post_processor = calibrated(model, scored, references, rate)
             shown = post_processor(Prediction(*prediction))
             marked = shown.pred_mask.flatten(1).any(dim=1)
             realised[rate].append([100 * float(value.float().mean()) for value in (shown.pred_label, marked)])
@@ -147,8 +157,30 @@ def false_alarms(model: ClipAdSdp, data: Images, references: int, others: bool) 
     return [f"{expected[rate]:.0f}: {mean(rows)}" for rate, rows in realised.items()]
 
 
+def marks(model: ClipAdSdp, data: Images, references: int, others: bool) -> list[str]:
+    """Masks of anomalous images, by the threshold alone, and with the maps' offsets taken away as it is done.
+
+    Means of the overlap with the ground truth (intersection over union), the marked share of the image and the found
+    share of the ground truth, in per cent.
+    """
+    truth = torch.from_numpy(data.masks[data.labels])
+    rows: tuple[list[list[float]], ...] = ([], [])
+    for order in draws(len(data.train)):
+        scored = normal_scores(model, data, order, references, others)
+        prediction = model.model.predictions(score(model, data.test[data.labels]))
+        post_processor = calibrated(model, scored, references, MASK_RATE)
+        as_it_is = post_processor(prediction).pred_mask
+        post_processor.map_offset.take(torch.nan)
+        for found, marked in zip(rows, (post_processor(prediction).pred_mask, as_it_is), strict=True):
+            mask = F.interpolate(marked[:, None].float(), truth.shape[1:])[:, 0].bool()
+            both, either = (mask & truth).sum(dim=(1, 2)), (mask | truth).sum(dim=(1, 2))
+            shares = both / either, mask.float().mean(dim=(1, 2)), both / truth.sum(dim=(1, 2)).clamp(min=1)
+            found.append([100 * float(share.mean()) for share in shares])
+    return [mean(found) for found in rows]
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--backbone", default="demo")
@@ -159,7 +191,7 @@ def main() -> None:
         for name in HELD_OUT:
             write_category(Path(root), name)
         places = [*(Path(root) / name for name in HELD_OUT), *arguments.folders]
-        rates = []
+        rates, masks = [], []
         print("Image AUROC / pixel AUROC / pixel AP in %, means over five draws\n")
         print("| data | 0 | " + " | ".join(map(str, SHOTS)) + " | 8, one a defect | 8, turned views |")
         print("|---" * (len(SHOTS) + 4) + "|")
@@ -169,12 +201,18 @@ def main() -> None:
             print(f"| {place.name} | " + " | ".join(shots(model, data)) + " |", flush=True)
             kinds = ((0, True), (4, True), (min(28, len(data.train)), False))
             rates += [(place.name, data, kind, false_alarms(model, data, *kind)) for kind in kinds]
+            if data.masks is not None:
+                masks += [(place.name, kind, marks(model, data, *kind)) for kind in kinds[:2]]
     print("\nFalse alarms in %, expected: realised labels / masks, on the good test images\n")
     print("| data | references, other normal images | " + " | ".join(f"rate {rate:.0%}" for rate in RATES) + " |")
     print("|---" * (len(RATES) + 2) + "|")
     for name, data, (count, others), cells in rates:
         rest = len(data.train) - count if others else 0
         print(f"| {name} ({(~data.labels).sum()} good) | {count}, {rest} | " + " | ".join(cells) + " |")
+    print(f"\nMasks of anomalous images, rate {MASK_RATE:.0%}: overlap / marked / found share of the defect in %\n")
+    print("| data | references | threshold alone | offsets taken away |\n|---|---|---|---|")
+    for name, (count, _), cells in masks:
+        print(f"| {name} | {count} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 
 
 @pytest.mark.parametrize("sensitivity", [0.5, 0.8, 0.3])
+@pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("kind", [PostProcessor, ClipAdPostProcessor])
 def test_scores_and_maps_are_shown_where_the_post_processor_shows_them(
-    kind: type[PostProcessor], known: bool, sensitivity: float
+    kind: type[PostProcessor], known: bool, offset: bool, sensitivity: float
 ) -> None:
     """With the default sensitivity all values agree, with any the verdicts do."""
     arguments = {"image_sensitivity": sensitivity, "pixel_sensitivity": sensitivity}
@@ -25,13 +26,17 @@ def test_scores_and_maps_are_shown_where_the_post_processor_shows_them(
         for level, values in {"image": (2.0, -1.0, 7.0), "pixel": (0.4, 0.0, 0.9)}.items():
             for name, value in zip((f"_{level}_threshold", f"{level}_min", f"{level}_max"), values, strict=True):
                 getattr(processor, name).fill_(value)
+    if offset and ours and known:
+        processor.map_offset.take(0.2)
     scores, maps = torch.linspace(-3, 9, 41), torch.linspace(-0.53, 1.49, 41 * 9).reshape(41, 3, 3)
     if not (known or ours):
         assert not choose_scales(processor, scores.tolist(), [(0, 1)] * 41, [None] * 41).score.known
         return
     raw = Prediction(scores, maps, scores, scores) if ours else InferenceBatch(scores, None, maps, None)
     expected, scales = processor(raw), choose_scales(processor, scores.tolist(), [(0, 1)] * 41, [None] * 41)
-    shown_score, shown_map = scales.score.shown(scores.numpy()), scales.map.shown(maps.numpy())
+    of_maps = scales.maps_of([None] * 41, [(float(one.min()), float(one.max())) for one in maps])
+    shown_score = scales.score.shown(scores.numpy())
+    shown_map = np.stack([scale.shown(one) for scale, one in zip(of_maps, maps.numpy(), strict=True)])
     np.testing.assert_array_equal(shown_score > 0.5, expected.pred_label.numpy())
     np.testing.assert_array_equal(shown_map > 0.5, expected.pred_mask.numpy())
     if sensitivity == 0.5:

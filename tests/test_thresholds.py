@@ -11,6 +11,7 @@ from anomalib.data import Folder, PredictDataset
 from torch.utils.data import DataLoader
 
 from anomalib_clipad import ClipAdSdp
+from anomalib_clipad.components import Prediction
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 
 from .conftest import LAYOUT, folder, new_engine, write_category, write_good
@@ -107,6 +108,50 @@ def test_a_normal_image_stays_normal_whatever_the_last_digits_of_its_score(
         assert again.pred_label.sum() == 1
         assert again.pred_mask.flatten(1).any(dim=1).sum() == 1
         assert (model.post_processor.p_values(scores, None) <= 0.2).sum() == 1
+
+
+def raw_of(model: ClipAdSdp, where: Path) -> Prediction:
+    images = [PredictDataset(path)[0].image for path in sorted(where.iterdir())]
+    with torch.no_grad():
+        return model.model(model.pre_processor.transform(torch.stack(images)))
+
+
+def test_a_map_that_is_raised_as_a_whole_is_marked_at_its_defect_alone(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    """As the class token raises it. No normal image shows more than by the threshold alone, some less."""
+    model = ClipAdSdp("cup", small_clip, false_alarm_rate=0.2, **BARE)
+    new_engine(tmp_path / "a").validate(model, datamodule=folder(parts), verbose=False)
+    processor = model.post_processor
+    normal, bad = (raw_of(model, parts / part) for part in ("train/good", "test/square"))
+    largest_least = max(float(one.min()) for one in normal.anomaly_map)
+    threshold = processor.pixel_threshold
+    assert torch.equal(processor(normal).pred_mask, normal.anomaly_map > threshold)
+    masks = []
+    for shift in (0.5, 3.0, 6.0):  # in units of the threshold's distance from the normal level
+        raised = bad._replace(anomaly_map=bad.anomaly_map + shift * (threshold - largest_least))
+        shown = processor(raised)
+        own = threshold + (raised.anomaly_map.amin(dim=(1, 2), keepdim=True) - largest_least).clamp(min=0)
+        masks.append(shown.pred_mask)
+        assert (masks[-1] != (raised.anomaly_map > own)).float().mean() < 2e-3  # but for a pixel at the threshold
+        assert torch.equal(masks[-1], shown.anomaly_map > 0.5)
+        assert torch.equal(shown.pred_label, processor(bad).pred_label)
+    assert (raised.anomaly_map > threshold).all()
+    assert 0 < masks[-1].float().mean() < 0.9
+    assert (masks[-1] != masks[-2]).float().mean() < 2e-3
+
+
+def test_thresholds_from_labels_mark_what_is_above_them(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    """Also where references, or thresholds from normal images, came first."""
+    model = ClipAdSdp("cup", small_clip, k_shot=2, **BARE)
+    new_engine(tmp_path / "a").validate(model, datamodule=normal_only(parts), verbose=False)
+    assert len(model.post_processor.map_offset.largest_least) == 1
+    new_engine(tmp_path / "b").validate(model, datamodule=folder(parts), verbose=False)
+    raw = raw_of(model, parts / "test/square")
+    raised = raw._replace(anomaly_map=raw.anomaly_map + 5)
+    assert torch.equal(
+        model.post_processor(raised).pred_mask, raised.anomaly_map > model.post_processor.pixel_threshold
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.naming import figures_of_job
 from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
-from anomalib_clipad.compare.scale import Scales, choose_scales
+from anomalib_clipad.compare.scale import Scale, choose_scales
 from anomalib_clipad.compare.settings import model_class, short_class
 from anomalib_clipad.compare.shots import take
 from anomalib_clipad.components import Region
@@ -225,9 +225,10 @@ class CompareJob(Job):
                 "versions": inputs["versions"],
                 "inputs": inputs,
             }
-            table = evaluator.table(scales.maps_of(evaluator.classes))
+            map_scales = scales.maps_of(evaluator.classes, evaluator.map_limits)
+            table = evaluator.table(map_scales)
             row |= figures_of_job(evaluator.vocabulary, table)
-            self._keep(evaluator, scales, table)
+            self._keep(evaluator, map_scales, table)
         return row
 
     @contextmanager
@@ -243,15 +244,13 @@ class CompareJob(Job):
                 callbacks=[evaluator, ImageProgress(self.tell)],
             )
 
-    def _keep(self, evaluator: CompareEvaluator, scales: Scales, table: pd.DataFrame) -> None:
+    def _keep(self, evaluator: CompareEvaluator, map_scales: Sequence[Scale], table: pd.DataFrame) -> None:
         numbers = {path: number for number, path in enumerate(evaluator.paths)}
         order = [numbers[path] for path in sorted(numbers)]
         shown = choose_examples(evaluator.paths, evaluator.labels)
         both = extremes(evaluator.paths, evaluator.labels, evaluator.scores)
         masks = {path: evaluator.stream.mask(numbers[path]) for path in (*shown, *both) if path is not None}
-        job_files.write_heat(
-            self.file, heat_layers(evaluator.stream, order, scales.maps_of(evaluator.classes), self.tell)
-        )
+        job_files.write_heat(self.file, heat_layers(evaluator.stream, order, map_scales, self.tell))
         job_files.write_masks(self.file, {path: mask for path, mask in masks.items() if mask is not None})
         job_files.write_images(self.file, table)
 

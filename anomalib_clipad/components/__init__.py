@@ -9,6 +9,7 @@ from anomalib_clipad.components.defect_names import DefectName, DefectNames, reg
 from anomalib_clipad.components.dual_path import DualPathFeatures, DualPathVisionTransformer
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.image_size import keep_shape
+from anomalib_clipad.components.map_offset import MapOffset
 from anomalib_clipad.components.naming_figures import NamingFigures
 from anomalib_clipad.components.prompts import PromptEnsemble
 from anomalib_clipad.components.reference import ReferenceBank
@@ -32,6 +33,7 @@ __all__ = [
     "DualPathVisionTransformer",
     "Float32Buffers",
     "GaussianSmoothing",
+    "MapOffset",
     "MapScale",
     "NamingFigures",
     "OpenedBackbone",

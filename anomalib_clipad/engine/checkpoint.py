@@ -17,12 +17,14 @@ from torch import nn
 
 from anomalib_clipad.components import (
     Float32Buffers,
+    MapOffset,
     PromptEnsemble,
     ReferenceBank,
     ReferenceFusion,
     ScoreFusion,
     fingerprint,
 )
+from anomalib_clipad.components.map_offset import with_least_values
 from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
 from anomalib_clipad.engine.class_limits import ClassLimits
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -43,7 +45,7 @@ MOVED = {"model.score_min": "model.fusion.score_min", "model.score_max": "model.
 # Values that each class has its own of; versions of one class have written them without the dimension of the classes.
 FUSIONS: dict[str, type[Float32Buffers]] = {"fusion": ScoreFusion, "reference_fusion": ReferenceFusion}
 OF_CLASSES = tuple(f"model.{name}.{value}" for name, fusion in FUSIONS.items() for value in fusion.growing)
-CHOICE, LIMITS = "model.class_choice.vectors", "post_processor.of_class."
+CHOICE, LIMITS, OFFSET = "model.class_choice.vectors", "post_processor.of_class.", "post_processor.map_offset."
 # Unknown until there are labelled validation data, and NaN until then.
 MAY_BE_NAN = ("model.fusion.", "post_processor.")
 # Of any number, and of values that earlier versions did not have.
@@ -59,8 +61,9 @@ GROWING = (
     CHOICE,
     "post_processor.normal_class",
     *(LIMITS + name for name in ClassLimits.growing),
+    *(OFFSET + name for name in MapOffset.growing),
 )
-SINCE_REFERENCES = (*BANKS, "model.reference_fusion.", *SCORES_OF_NORMAL, *WORDS, CHOICE, LIMITS)
+SINCE_REFERENCES = (*BANKS, "model.reference_fusion.", *SCORES_OF_NORMAL, *WORDS, CHOICE, LIMITS, OFFSET)
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
 
 
@@ -255,6 +258,7 @@ def _moved(state: Mapping[str, Any]) -> dict[str, Any]:
     for key in OF_CLASSES:
         if isinstance(moved.get(key), torch.Tensor) and moved[key].ndim == 1:
             moved[key] = moved[key][None]
+    with_least_values(moved, "post_processor.")
     return moved
 
 
@@ -282,6 +286,7 @@ def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any], fitted: 
         classes, none = {max(several, 1)}, {several} - {1} or {0}
         # Without labelled or normal images there are no thresholds.
         counts = dict.fromkeys(OF_CLASSES, classes) | {CHOICE: none, f"{LIMITS}values": none | {0}}
+        counts |= {OFFSET + name: classes | {0} for name in MapOffset.growing}
         wrong = [key for key, fitting in counts.items() if key in state and len(state[key]) not in fitting]
         problems += [f"has {key} of {len(state[key])} classes instead of {several}" for key in wrong]
     words = extra.get("defects", []) if isinstance(extra, Mapping) else None

@@ -1,6 +1,7 @@
 """Thresholds of each of several classes, from its own images where they are enough, else from all of them together."""
 
 import logging
+from collections.abc import MutableMapping
 from itertools import product
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -15,6 +16,7 @@ from torchmetrics.aggregation import CatMetric
 from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_clipad.components.conformal import p_values
+from anomalib_clipad.components.map_offset import with_least_values
 from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
@@ -39,13 +41,13 @@ class Pool(NamedTuple):
     """Images that thresholds are made from.
 
     Attributes:
-        summary: (N, 4) of labelled validation images: text score, map score, largest and mean map value.
+        summary: (N, 5) of labelled validation images: text score, map score, largest, mean and least map value.
         labels: (N,) 1 where anomalous.
-        normal: (n, 5) of other normal images: likewise, and 1 for a reference.
+        normal: (n, 6) of other normal images: likewise, and 1 for a reference.
         classes: (n + N,) index of their classes, the normal ones first; empty where there is one class.
 
     Example:
-        >>> everything = Pool(torch.zeros(3, 4), torch.tensor([0, 1, 0]), torch.zeros(0, 5), torch.tensor([0, 0, 1]))
+        >>> everything = Pool(torch.zeros(3, 5), torch.tensor([0, 1, 0]), torch.zeros(0, 6), torch.tensor([0, 0, 1]))
         >>> everything.of(0).normal_images, everything.of(1).labels
         (1, tensor([0], dtype=torch.int32))
     """
@@ -78,19 +80,19 @@ class Pool(NamedTuple):
 
 
 def summary_of(scores: Scores | ZeroShotBatch, region: RegionOfPictures | None) -> torch.Tensor:
-    """(B, 4) of a batch: text score, map score, largest and mean map value inside a region.
+    """(B, 5) of a batch: text score, map score, largest, mean and least map value inside a region.
 
     Example:
         >>> scores = Scores(torch.tensor([[[0.25, 0.75]]]), torch.tensor([0.5]), torch.tensor([0.75]))
         >>> summary_of(scores, None)
-        tensor([[0.5000, 0.7500, 0.7500, 0.5000]])
+        tensor([[0.5000, 0.7500, 0.7500, 0.5000, 0.2500]])
     """
     maps = cast("torch.Tensor", scores.anomaly_map)
     if region is not None and region.inside is not None:
         maps = region.values(maps)[:, None]
-    largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
+    of_map = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1)), maps.amin(dim=(-2, -1))
     text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
-    return torch.stack([text, whole, largest, mean], dim=1).float()
+    return torch.stack([text, whole, *of_map], dim=1).float()
 
 
 def classes_of(scores: Scores | ZeroShotBatch) -> torch.Tensor:
@@ -113,7 +115,7 @@ def may_use_validation(trainer: Trainer | None, normal: torch.Tensor) -> bool:
         normal: (n, ...) the others.
 
     Example:
-        >>> may_use_validation(None, torch.zeros(2, 5))
+        >>> may_use_validation(None, torch.zeros(2, 6))
         True
     """
     data = None if trainer is None else datamodule_of(trainer)
@@ -144,6 +146,16 @@ class ClassPoolsMixin(_PostProcessor):
         super().__init__(*args, **kwargs)
         self.of_class = ClassLimits()
         self._classes, self._pixel_classes = CatMetric(), CatMetric()  # of all validation images; of those with masks
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 - handed on to torch's method
+        **kwargs: Any,  # noqa: ANN401 - handed on to torch's method
+    ) -> None:
+        with_least_values(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_from(
         self,

@@ -15,6 +15,7 @@ from torchmetrics.aggregation import CatMetric
 
 from anomalib_clipad.components.conformal import conformal_threshold
 from anomalib_clipad.components.float32 import Float32Buffers
+from anomalib_clipad.components.map_offset import MapOffset
 from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import MapScale, Prediction, Scores
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
@@ -89,8 +90,9 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         self.register_buffer("good_scores", torch.empty(0))  # image scores of normal images, ascending
         # Normal images from outside of the validation data: their summary, and 1 for a reference. Buffers: they belong
         # to the classes at hand as the thresholds do.
-        self.register_buffer("normal", torch.empty(0, 5))
+        self.register_buffer("normal", torch.empty(0, 6))
         self.register_buffer("normal_class", torch.empty(0))  # (n,) their classes, where there are several
+        self.map_offset = MapOffset()
         self._validated, self._labels = CatMetric(), CatMetric()
         self._given: list[torch.Tensor] = []  # labels of this run
 
@@ -141,7 +143,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         if not self._labels.update_called:
             return
         network = cast("ZeroShotNetwork", pl_module.model)
-        summary = self._validated.compute().reshape(-1, 4)
+        summary = self._validated.compute().reshape(-1, 5)
         labels = self._labels.compute().reshape(-1).int()
         classes = self.normal_class.to(summary).long()
         if self._classes.update_called:
@@ -161,6 +163,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         """See :meth:`ClassPoolsMixin.set_from`."""
         summary, labels, normal, _ = pool
         given, validated = pool.of_normal, pool.of_validated
+        self._take_offset(network, torch.nan, number)
         if labels.any():
             network.fit_fusion(summary[:, 0], summary[:, 1], number)
             scores = network.fuse(summary[:, 0], summary[:, 1], validated)
@@ -177,6 +180,8 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
                 if given is not None and validated is not None:
                     given = torch.cat([given, validated[labels == 0]])
             self._set_conformal(network, normal, given, of)
+            if len(normal):
+                self._take_offset(network, float(normal[:, 4].max()), number)
         elif len(normal):
             self.good_scores = (network.fuse(normal[:, 0], normal[:, 1], given) + ROUNDING).sort().values
 
@@ -207,7 +212,10 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         spread = max(pixel.value - float(normal[:, 3].mean()), torch.finfo().tiny)
         self._set("pixel", pixel.value + ROUNDING * spread, spread)
         if of is not None:
-            announce(image, self.false_alarm_rate, int(normal[:, 4].sum()), of)
+            announce(image, self.false_alarm_rate, int(normal[:, 5].sum()), of)
+
+    def _take_offset(self, network: ZeroShotNetwork, largest_least: float, number: int | None) -> None:
+        self.map_offset.take(largest_least, max(1, len(network.class_names)), number)
 
     def post_process_batch(self, batch: Batch) -> None:
         """Normalise and threshold a batch in place, and give p-values where scores of normal images are known."""
@@ -244,8 +252,7 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         score, anomaly_map, class_index = predictions.pred_score, predictions.anomaly_map, predictions.class_index
         region = None if self.region is None else self.region.inside
         shown_score = self._shown("image", score, score.clamp(0, 1), class_index)
-        by_rule = anomaly_map if self.map_scale is None else self.map_scale.squash(anomaly_map)
-        shown_map = self._shown("pixel", anomaly_map, by_rule, class_index)
+        shown_map = self._shown_map(anomaly_map, class_index)
         if region is not None:
             shown_map = torch.where(region, shown_map, 0.0)
         label = mask = None
@@ -261,9 +268,12 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         """The mask of a map that :meth:`forward` gave, enlarged; ``None`` where there are to be none."""
         if not self.enable_thresholding:
             return None
-        by_rule = anomaly_map if self.map_scale is None else self.map_scale.squash(anomaly_map)
-        shown = anomaly_map if self.enable_normalization else self._shown("pixel", anomaly_map, by_rule, class_index)
+        shown = anomaly_map if self.enable_normalization else self._shown_map(anomaly_map, class_index)
         return ~(shown <= 1 - self.pixel_sensitivity)
+
+    def _shown_map(self, maps: torch.Tensor, class_index: torch.Tensor | None) -> torch.Tensor:
+        by_rule = maps if self.map_scale is None else self.map_scale.squash(maps)
+        return self._shown("pixel", self.map_offset(maps, class_index), by_rule, class_index)
 
     def _shown(
         self, level: str, values: torch.Tensor, by_rule: torch.Tensor, class_index: torch.Tensor | None = None
