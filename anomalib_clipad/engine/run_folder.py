@@ -1,7 +1,7 @@
 """Where the results of a run go: every run of test or predict has a folder of its own."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, cast
@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_clipad.data.readable import ReadableDataset
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.files import replacing
 
 ATTEMPTS = 10  # at a folder of a new number, while other runs make theirs
 IMAGES = "images"  # folder of the pictures in that of the run
@@ -109,6 +110,31 @@ def _loaders(trainer: Trainer) -> list[Any]:
         loaders = trainer.val_dataloaders
     of_run = loaders if isinstance(loaders, list | tuple) else [loaders]
     return [loader for loader in of_run if isinstance(getattr(loader, "dataset", None), ReadableDataset)]
+
+
+def share_folder(trainer: Trainer) -> None:
+    """Have the link ``latest`` point to the folder that training by several processes writes into.
+
+    anomalib makes a folder of its own in every process, and a link to the last one, while the first process alone
+    writes. Those of the others are removed.
+
+    Args:
+        trainer: The run's, of every process.
+
+    Example:
+        >>> share_folder(Trainer(logger=False, accelerator="cpu"))  # nothing to do for one process
+    """
+    if trainer.world_size == 1:
+        return
+    folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
+    if (own := Path(trainer.default_root_dir)) != folder:
+        with suppress(OSError):  # something is in it
+            own.rmdir()
+    trainer.strategy.barrier("folders are removed")
+    latest = folder.parent / "latest"
+    if trainer.is_global_zero and latest.is_symlink():
+        with writing(latest), replacing(latest) as draft:
+            draft.symlink_to(folder, target_is_directory=True)
 
 
 def check_root(trainer: Trainer) -> None:

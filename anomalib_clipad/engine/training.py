@@ -28,6 +28,7 @@ from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+from anomalib_clipad.engine.run_folder import share_folder
 from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         if self.model.tile_size is not None and data.cache_features:
             msg = "cache_features keeps the features of whole pictures, not of tiles; leave it, or tile_size, out."
             raise InputError(msg)
+        share_folder(self.trainer)
         self.trained_on = list(data.class_names)
         self.model.set_classes(data.class_names, words=False)  # which may be those of other classes
         network, transform = self.model, getattr(self.pre_processor, "transform", None)
