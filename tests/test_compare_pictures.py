@@ -125,7 +125,7 @@ def test_a_comparison_says_of_an_image_what_predict_says(category: Path, small_c
     shared = ["label", "true_label", "p_value", "marked_area", *BOXES]
     assert ours["p_value"].notna().all()
     assert (ours["marked_area"] > 0).any()
-    assert len(model.post_processor.map_offset.largest_least) == 1
+    assert len(model.post_processor.map_offset.largest) == 1
     pd.testing.assert_frame_equal(ours[shared], other[shared], atol=2e-3, check_dtype=False)
 
 

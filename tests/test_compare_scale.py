@@ -32,9 +32,14 @@ def test_scores_and_maps_are_shown_where_the_post_processor_shows_them(
     if not (known or ours):
         assert not choose_scales(processor, scores.tolist(), [(0, 1)] * 41, [None] * 41).score.known
         return
-    raw = Prediction(scores, maps, scores, scores) if ours else InferenceBatch(scores, None, maps, None)
+    offsets = torch.linspace(-0.1, 0.6, 41)
+    raw = (
+        Prediction(scores, maps, scores, scores, map_offset=offsets)
+        if ours
+        else InferenceBatch(scores, None, maps, None)
+    )
     expected, scales = processor(raw), choose_scales(processor, scores.tolist(), [(0, 1)] * 41, [None] * 41)
-    of_maps = scales.maps_of([None] * 41, [(float(one.min()), float(one.max())) for one in maps])
+    of_maps = scales.maps_of([None] * 41, offsets.tolist())
     shown_score = scales.score.shown(scores.numpy())
     shown_map = np.stack([scale.shown(one) for scale, one in zip(of_maps, maps.numpy(), strict=True)])
     np.testing.assert_array_equal(shown_score > 0.5, expected.pred_label.numpy())

@@ -207,7 +207,7 @@ def test_scores_of_references_are_what_each_scores_against_the_others() -> None:
     scores = network.set_references([images[:2], images[2:]])
     text = network.text_features[0]
     features = network.taps(images)
-    text_maps = network.tiling.smoothing(network.map_before_smoothing(features, text))
+    text_maps = network.tiling.smoothing(network.map_before_smoothing(features, text)[0])
     for k in range(3):
         others = ReferenceBank(4, 32, network.grid)
         others.fit([tap[[j for j in range(3) if j != k]] for tap in features.original])

@@ -8,7 +8,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
-from anomalib_clipad.components import GaussianSmoothing, MapScale, feature_surgery
+from anomalib_clipad.components import DualPathFeatures, GaussianSmoothing, MapScale, feature_surgery
+from anomalib_clipad.components.surgery import surgery_scores
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
@@ -41,9 +42,8 @@ def test_maps_and_scores_equal_release(parity: Parity, release: ClipAdSdpModel) 
 def test_map_before_smoothing_equals_release(parity: Parity, release: ClipAdSdpModel) -> None:
     taps = [parity[f"features/surgery/{layer}"] for layer in parity.meta["features_list"]]
     text = parity.text_features()[parity["input/class_index"]]
-    torch.testing.assert_close(
-        release.similarity_map(taps, text), parity["sdp/map_before_smoothing"], atol=1e-5, rtol=0
-    )
+    ours, _ = release.map_before_smoothing(DualPathFeatures([], taps), text)
+    torch.testing.assert_close(ours, parity["sdp/map_before_smoothing"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "key"), [("dbscan", "dbscan/mvtec"), ("pca", "pca")])
@@ -55,15 +55,23 @@ def test_text_vectors_equal_release(parity: Parity, parity_clip: open_clip.CLIP,
 def test_surgery_follows_the_long_form() -> None:
     taps = [torch.randn(2, 10, 7).double() for _ in range(3)]
     text = F.normalize(torch.randn(2, 2, 7).double(), dim=-1)
-    expected = torch.zeros(2, 10, 2).double()
-    for tokens in taps:
-        f = F.normalize(tokens, dim=-1)
-        p = (f[:, :1] @ text.transpose(1, 2)).softmax(-1)  # (B, 1, 2)
-        w = p / p.mean(-1, keepdim=True)
-        weighted = (w[..., None] * f[:, :, None] * text[:, None]).transpose(1, 2)  # (B, 2, N, D)
-        expected += (weighted - weighted.mean(1, keepdim=True)).sum(-1).transpose(1, 2)
-    ours = feature_surgery([tokens.float() for tokens in taps], text.float())
-    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=0)
+
+    def long_form(with_weights: bool) -> torch.Tensor:
+        total = torch.zeros(2, 10, 2).double()
+        for tokens in taps:
+            f = F.normalize(tokens, dim=-1)
+            p = (f[:, :1] @ text.transpose(1, 2)).softmax(-1)  # (B, 1, 2)
+            w = p / p.mean(-1, keepdim=True) if with_weights else torch.ones_like(p)
+            weighted = (w[..., None] * f[:, :, None] * text[:, None]).transpose(1, 2)  # (B, 2, N, D)
+            total += (weighted - weighted.mean(1, keepdim=True)).sum(-1).transpose(1, 2)
+        return total
+
+    given = [tokens.float() for tokens in taps], text.float()
+    torch.testing.assert_close(feature_surgery(*given).double(), long_form(with_weights=True), atol=1e-6, rtol=0)
+    # What the class token's weights add to the patches, on average.
+    added = (long_form(with_weights=True) - long_form(with_weights=False))[:, 1:, 1].mean(dim=1)
+    assert added.abs().min() > 1e-3
+    torch.testing.assert_close(surgery_scores(*given).offset.double(), added, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def test_map_and_scores_equal_their_definition(kind: type[ClipAdSdpModel]) -> No
     whole = smooth.scores(resize(image, list(TILE), InterpolationMode.BICUBIC, antialias=True))
     enlarged = F.interpolate(whole.anomaly_map[None], IMAGE, mode="bilinear")[0, 0].detach().numpy()
     np.testing.assert_allclose(found.anomaly_map[0].detach(), (2 * maps + enlarged) / 3, atol=ROUNDING)
+    offsets = [float(one.map_offset) for one in (whole, *tiles)]
+    assert float(found.map_offset) == pytest.approx(np.mean([offsets[0], *2 * [np.mean(offsets[1:])]]), abs=ROUNDING)
     worst = max(float(tile.text_score) for tile in tiles)
     assert float(found.text_score) == pytest.approx((float(whole.text_score) + worst) / 2, abs=ROUNDING)
     assert float(found.map_score) == pytest.approx(float(found.anomaly_map.amax()), abs=1e-6)

@@ -81,6 +81,7 @@ class CompareEvaluator(Evaluator):
         self.vocabulary: tuple[str, ...] = ()  # the words that these count
         self._unread: Any = None  # a batch that the model's own callbacks have yet to write into
         self.map_limits: list[tuple[float, float]] = []  # lowest and largest value of each map
+        self.map_offsets: list[float | None] = []  # of each map of our models
         self.stream = MapStream(map_size, folder)
         self.figures: dict[str, float] = {}
         self.seconds = self.validation_seconds = 0.0
@@ -141,6 +142,8 @@ class CompareEvaluator(Evaluator):
         self.paths += paths
         self.labels += [None] * len(maps) if labels is None else labels.int().tolist()
         self.scores += scores.tolist()
+        offsets = getattr(batch, "map_offset", None)
+        self.map_offsets += [None] * len(maps) if offsets is None else offsets.tolist()
         self._unread = batch
         least = maps if region is None else torch.where(region, maps, torch.inf)
         maps = maps if region is None else torch.where(region, maps, -torch.inf)

@@ -225,7 +225,7 @@ class CompareJob(Job):
                 "versions": inputs["versions"],
                 "inputs": inputs,
             }
-            map_scales = scales.maps_of(evaluator.classes, evaluator.map_limits)
+            map_scales = scales.maps_of(evaluator.classes, evaluator.map_offsets)
             table = evaluator.table(map_scales)
             row |= figures_of_job(evaluator.vocabulary, table)
             self._keep(evaluator, map_scales, table)

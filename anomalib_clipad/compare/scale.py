@@ -7,7 +7,7 @@ a scale for each, on which 0.5 is the class's own threshold.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,8 +32,8 @@ class Scale:
         source: ``model``, if it is the model's own threshold; else ``good images`` or ``all images``, of whose values
             the largest is 0.5 and the lowest 0.
         soft: Flatten both ends, as our models do with maps whose threshold no image has set.
-        largest_least: Largest least value of normal images' maps, see
-            :class:`anomalib_clipad.components.MapOffset`; None where maps are shown as they are.
+        largest_offset: Largest offset of normal images' maps, see :class:`anomalib_clipad.components.MapOffset`; None
+            where maps are shown as they are.
 
     Example:
         >>> Scale(threshold=3.0, low=1.0, high=5.0, source=MODEL).shown([1.0, 3.0, 9.0]).tolist()
@@ -47,18 +47,19 @@ class Scale:
     high: float
     source: str
     soft: bool = False
-    largest_least: float | None = None
+    largest_offset: float | None = None
 
     @property
     def known(self) -> bool:
         """Whether there is a threshold to judge by."""
         return self.source == MODEL
 
-    def of_map(self, least: float) -> "Scale":
-        """The scale of one map, by its least value."""
-        offset = 0.0 if self.largest_least is None else max(0.0, least - self.largest_least)
-        ends = (self.threshold + offset, self.low + offset, self.high + offset)
-        return Scale(*ends, self.source, self.soft) if offset else self
+    def of_map(self, offset: float | None) -> "Scale":
+        """The scale of one map, by its offset, if it has one."""
+        if offset is None or self.largest_offset is None or not offset > self.largest_offset:
+            return self
+        above = offset - self.largest_offset
+        return replace(self, threshold=self.threshold + above, low=self.low + above, high=self.high + above)
 
     def shown(self, values: Any) -> np.ndarray:  # noqa: ANN401 - whatever NumPy takes
         """Values on the common scale, in float64, in the order of those given."""
@@ -101,9 +102,9 @@ class Scales:
         """The scales of an image of a class, which may not be known."""
         return self.of_class.get(class_name or "", self)
 
-    def maps_of(self, class_names: Iterable[str | None], map_limits: Iterable[tuple[float, float]]) -> list[Scale]:
-        """The scale of each image's map, from the images' classes and the maps' lowest and largest values."""
-        return [self.of(name).map.of_map(low) for name, (low, _) in zip(class_names, map_limits, strict=True)]
+    def maps_of(self, class_names: Iterable[str | None], offsets: Iterable[float | None]) -> list[Scale]:
+        """The scale of each image's map, from the images' classes and the maps' offsets."""
+        return [self.of(name).map.of_map(offset) for name, offset in zip(class_names, offsets, strict=True)]
 
     def row(self) -> dict[str, Any]:
         """For a job's row."""
@@ -164,8 +165,8 @@ def _of_model(post_processor: object, level: Level, values: np.ndarray, number: 
         if not math.isfinite(high - low):  # not normalised
             reach = float(np.abs(_finite(values) - threshold).max(initial=0.0))
             low, high = threshold - reach, threshold + reach
-        largest_least = _largest_least(post_processor, number) if level == "pixel" else None
-        return Scale(threshold + stricter * (high - low), low, high, MODEL, largest_least=largest_least)
+        largest_offset = _largest_offset(post_processor, number) if level == "pixel" else None
+        return Scale(threshold + stricter * (high - low), low, high, MODEL, largest_offset=largest_offset)
     if not isinstance(post_processor, ClipAdPostProcessor):
         return None
     if level == "image":
@@ -177,10 +178,10 @@ def _of_model(post_processor: object, level: Level, values: np.ndarray, number: 
     return Scale(centre + inverse * reach, centre - reach, centre + reach, MODEL, soft=True)
 
 
-def _largest_least(post_processor: PostProcessor, number: int | None) -> float | None:
+def _largest_offset(post_processor: PostProcessor, number: int | None) -> float | None:
     if not isinstance(post_processor, ClipAdPostProcessor):
         return None
-    known = post_processor.map_offset.largest_least
+    known = post_processor.map_offset.largest
     value = float(known[number or 0]) if len(known) else math.nan
     return value if math.isfinite(value) else None
 

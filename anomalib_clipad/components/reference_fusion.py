@@ -90,6 +90,11 @@ class ReferenceFusion(Float32Buffers):
         text_units, reference_units = (units / (1 + units.abs() / LIMIT)).unbind(dim=-1)
         return text_units, reference_units
 
+    def offset_units(self, offset: torch.Tensor, class_index: torch.Tensor | None = None) -> torch.Tensor:
+        """(B,) what all pixels of a text map have in common, as a part of the sum of both maps in their units."""
+        units = offset / rows_of(self.std, class_index)[..., 0]
+        return units / (1 + units.abs() / LIMIT)
+
     @staticmethod
     def map_score(values: torch.Tensor, area: int | None = None) -> torch.Tensor:
         """Mean of the largest values of a map.

@@ -22,6 +22,8 @@ class Scores(NamedTuple):
         map_score: (B,), largest value of the map.
         defect_evidence: (B, V, N, words) of the patches of V views, if there are words, see :class:`DefectNames`.
         class_index: (B,) index of the class that each image was compared with; the first one where there is none.
+        map_offset: (B,) mean of what the class token adds to the map, in the map's units, see
+            :func:`anomalib_clipad.components.surgery.surgery_scores`.
 
     Example:
         >>> maps = torch.tensor([[[0.01, -0.02], [0.03, 0.0]]])
@@ -34,6 +36,7 @@ class Scores(NamedTuple):
     map_score: torch.Tensor
     defect_evidence: torch.Tensor | None = None
     class_index: torch.Tensor | None = None
+    map_offset: torch.Tensor | None = None
 
 
 def text_score(tokens: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
@@ -88,6 +91,7 @@ class Prediction(NamedTuple):
         text_score: (B,) in [0, 1], likewise.
         map_score: (B,), likewise.
         class_index: (B,), likewise.
+        map_offset: (B,), likewise.
 
     Example:
         >>> maps = torch.zeros(1, 2, 2)
@@ -100,6 +104,7 @@ class Prediction(NamedTuple):
     text_score: torch.Tensor
     map_score: torch.Tensor
     class_index: torch.Tensor | None = None
+    map_offset: torch.Tensor | None = None
 
 
 class ScoreFusion(Float32Buffers):

@@ -3,10 +3,29 @@
 CLIP-AD (arXiv 2311.00453), section 3.3, in closed form.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional as F
 
 from anomalib_clipad.errors import InputError
+
+
+class SurgeryScores(NamedTuple):
+    """What is left of tokens' scores, and how much of it all patches of an image have in common.
+
+    Attributes:
+        anomalous: (B, N + 1) in float32, class token first: score of the anomalous class. The normal one's is its
+            negative.
+        offset: (B,) mean over the patches of what the class token adds to their scores, see :func:`surgery_scores`.
+
+    Example:
+        >>> SurgeryScores(torch.zeros(2, 5), torch.zeros(2)).anomalous.shape
+        torch.Size([2, 5])
+    """
+
+    anomalous: torch.Tensor
+    offset: torch.Tensor
 
 
 def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
@@ -18,9 +37,7 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
 
     .. math:: \mathrm{score}_k = w_k c_k - \tfrac12 (w_0 c_0 + w_1 c_1)
 
-    so the (B, 2, N, D) tensor of the long form is never built. For the anomalous class that is
-    :math:`f \cdot (p_1 t_1 - p_0 t_0)`: the two text vectors, which are nearly equal, are subtracted before the
-    product, so that what runs this in fewer bits loses little. Stages are summed.
+    so the (B, 2, N, D) tensor of the long form is never built. Stages are summed.
 
     Args:
         surgery_features: One (B, N + 1, D) tensor a stage, class token first; any length.
@@ -41,6 +58,30 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
         >>> scores.shape, torch.allclose(scores[..., 0], -scores[..., 1])
         (torch.Size([3, 17, 2]), True)
     """
+    anomalous = surgery_scores(surgery_features, text_features).anomalous[..., None]
+    return torch.cat([-anomalous, anomalous], dim=-1)
+
+
+def surgery_scores(surgery_features: list[torch.Tensor], text_features: torch.Tensor) -> SurgeryScores:
+    r"""The anomalous scores of :func:`feature_surgery`, and what the class tokens add to those of all patches.
+
+    For the anomalous class the score is :math:`f \cdot (p_1 t_1 - p_0 t_0)`: the two text vectors, which are nearly
+    equal, are subtracted before the product, so that what runs this in fewer bits loses little. It is
+    :math:`\tfrac12 f \cdot (t_1 - t_0) + (p_1 - \tfrac12) f \cdot (t_0 + t_1)`. The second part depends on the class
+    token, and is nearly the same for all patches: its mean over them is the offset.
+
+    Args:
+        surgery_features: See :func:`feature_surgery`.
+        text_features: Likewise.
+
+    Raises:
+        InputError: If the tensors are of other shapes or types.
+
+    Example:
+        >>> text = F.normalize(torch.randn(2, 8), dim=-1)
+        >>> surgery_scores([torch.randn(3, 17, 8)] * 4, text).offset.shape
+        torch.Size([3])
+    """
     taps = list(surgery_features) if isinstance(surgery_features, list | tuple) else []
     if not taps or not all(_is_floating(tap, 3) and tap.shape == taps[0].shape for tap in taps):
         found = [tuple(tap.shape) if isinstance(tap, torch.Tensor) else type(tap).__name__ for tap in taps]
@@ -52,9 +93,14 @@ def feature_surgery(surgery_features: list[torch.Tensor], text_features: torch.T
     # Of all stages at once: on a GPU a small batch waits for the launches. A softmax of two is a sigmoid.
     p = (class_tokens * (anomalous - normal)).sum(dim=-1, keepdim=True).sigmoid()
     directions = (p * anomalous - (1 - p) * normal)[..., None]  # (stages, B, D, 1)
-    shares = [F.normalize(tokens.float(), dim=-1) @ d for tokens, d in zip(taps, directions, strict=True)]
-    total = torch.stack(shares).sum(dim=0)  # (B, N + 1, 1)
-    return torch.cat([-total, total], dim=-1)
+    scores, means = [], []
+    for tokens, direction in zip(taps, directions, strict=True):
+        unit = F.normalize(tokens.float(), dim=-1)
+        scores.append(unit @ direction)
+        means.append(unit[:, 1:].mean(dim=1))
+    shared = (torch.stack(means) * (normal + anomalous)).sum(dim=-1, keepdim=True)  # (stages, B, 1)
+    offset = ((p - 0.5) * shared).sum(dim=0)
+    return SurgeryScores(torch.stack(scores).sum(dim=0)[..., 0], offset[:, 0])
 
 
 def check_text_features(text_features: torch.Tensor, images: int, width: int) -> None:

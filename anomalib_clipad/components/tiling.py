@@ -31,6 +31,7 @@ class ViewScores(NamedTuple):
         reference_map: (B, h, w), from the comparison with references, if there are any.
         defect_evidence: (B, N, words) of the patches, or (B, V, N, words) of those of V views, if there are words.
         class_index: (B,) index of the class that each was compared with, see :class:`Scores`.
+        map_offset: (B,) of the map from the comparison with the text vectors, likewise.
 
     Example:
         >>> ViewScores(torch.zeros(2, 8, 8), torch.zeros(2)).reference_map is None
@@ -42,6 +43,7 @@ class ViewScores(NamedTuple):
     reference_map: torch.Tensor | None = None
     defect_evidence: torch.Tensor | None = None
     class_index: torch.Tensor | None = None
+    map_offset: torch.Tensor | None = None
 
     @classmethod
     def cat(cls, batches: Sequence["ViewScores"]) -> "ViewScores":
@@ -170,18 +172,20 @@ class Tiling(Float32Buffers):
             tiles: Of their B * T tiles, in the order of :meth:`tiles`; ``None`` where pictures are not cut.
             counting: (T,), true for the tiles whose text score counts; all by default.
         """
-        text_score, evidence = whole.text_score, whole.defect_evidence
+        text_score, evidence, offset = whole.text_score, whole.defect_evidence, whole.map_offset
         if evidence is not None:
             evidence = evidence[:, None]  # (B, 1, N, words)
         if tiles is not None:
             scores = tiles.text_score.unflatten(0, (-1, len(self)))
             worst = (scores if counting is None else torch.where(counting, scores, 0.0)).amax(dim=1)
             text_score = (text_score + worst) / 2
+            if offset is not None and tiles.map_offset is not None:
+                offset = torch.lerp(offset, tiles.map_offset.unflatten(0, (-1, len(self))).mean(dim=1), TILES_WEIGHT)
             if evidence is not None and tiles.defect_evidence is not None:
                 evidence = torch.cat([evidence, tiles.defect_evidence.unflatten(0, (-1, len(self)))], dim=1)
         text_map = cast("torch.Tensor", self._join_maps(whole.text_map, tiles.text_map if tiles else None))
         reference_map = self._join_maps(whole.reference_map, tiles.reference_map if tiles else None)
-        return ViewScores(text_map, text_score, reference_map, evidence, whole.class_index)
+        return ViewScores(text_map, text_score, reference_map, evidence, whole.class_index, offset)
 
     def patch_means(self, maps: torch.Tensor, grid: tuple[int, int], batch_size: int) -> torch.Tensor:
         """Means of maps of pictures over the patches of the whole picture, and then of its tiles.

@@ -24,6 +24,7 @@ class ZeroShotItem(ImageItem):
     features: DualPathFeatures | None = None
     text_score: torch.Tensor | None = None
     map_score: torch.Tensor | None = None
+    map_offset: torch.Tensor | None = None
     raw_score: torch.Tensor | None = None
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None
@@ -54,6 +55,7 @@ class ZeroShotBatch(ImageBatch):
         features: Taps that were computed before and take the place of the images, see :class:`DualPathFeatures`.
         text_score: (B,) score of the class token.
         map_score: (B,) score of the anomaly map.
+        map_offset: (B,) mean of what the class token adds to the anomaly map, in its own units.
         raw_score: (B,) score before the post-processor clamps it, for the metrics.
         raw_map: (B, H, W) map before the post-processor clamps it, for the metrics.
         region: (B, H, W), true inside the region that is looked at; ``None`` where that is everything.
@@ -80,6 +82,7 @@ class ZeroShotBatch(ImageBatch):
     features: DualPathFeatures | None = None
     text_score: torch.Tensor | None = None
     map_score: torch.Tensor | None = None
+    map_offset: torch.Tensor | None = None
     raw_score: torch.Tensor | None = None
     raw_map: torch.Tensor | None = None
     p_value: torch.Tensor | None = None

@@ -24,7 +24,7 @@ from anomalib_clipad.components import (
     ScoreFusion,
     fingerprint,
 )
-from anomalib_clipad.components.map_offset import with_least_values
+from anomalib_clipad.components.map_offset import with_offsets
 from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
 from anomalib_clipad.engine.class_limits import ClassLimits
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -258,7 +258,7 @@ def _moved(state: Mapping[str, Any]) -> dict[str, Any]:
     for key in OF_CLASSES:
         if isinstance(moved.get(key), torch.Tensor) and moved[key].ndim == 1:
             moved[key] = moved[key][None]
-    with_least_values(moved, "post_processor.")
+    with_offsets(moved, "post_processor.")
     return moved
 
 

@@ -16,7 +16,7 @@ from torchmetrics.aggregation import CatMetric
 from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_clipad.components.conformal import p_values
-from anomalib_clipad.components.map_offset import with_least_values
+from anomalib_clipad.components.map_offset import with_offsets
 from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
@@ -41,7 +41,8 @@ class Pool(NamedTuple):
     """Images that thresholds are made from.
 
     Attributes:
-        summary: (N, 5) of labelled validation images: text score, map score, largest, mean and least map value.
+        summary: (N, 5) of labelled validation images: text score, map score, largest and mean map value,
+            and the map's offset.
         labels: (N,) 1 where anomalous.
         normal: (n, 6) of other normal images: likewise, and 1 for a reference.
         classes: (n + N,) index of their classes, the normal ones first; empty where there is one class.
@@ -80,19 +81,20 @@ class Pool(NamedTuple):
 
 
 def summary_of(scores: Scores | ZeroShotBatch, region: RegionOfPictures | None) -> torch.Tensor:
-    """(B, 5) of a batch: text score, map score, largest, mean and least map value inside a region.
+    """(B, 5) of a batch: text score, map score, largest and mean map value inside a region, and the map's offset.
 
     Example:
         >>> scores = Scores(torch.tensor([[[0.25, 0.75]]]), torch.tensor([0.5]), torch.tensor([0.75]))
         >>> summary_of(scores, None)
-        tensor([[0.5000, 0.7500, 0.7500, 0.5000, 0.2500]])
+        tensor([[0.5000, 0.7500, 0.7500, 0.5000,    nan]])
     """
     maps = cast("torch.Tensor", scores.anomaly_map)
     if region is not None and region.inside is not None:
         maps = region.values(maps)[:, None]
-    of_map = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1)), maps.amin(dim=(-2, -1))
+    largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
     text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
-    return torch.stack([text, whole, *of_map], dim=1).float()
+    offset = torch.full_like(text, torch.nan) if scores.map_offset is None else scores.map_offset
+    return torch.stack([text, whole, largest, mean, offset], dim=1).float()
 
 
 def classes_of(scores: Scores | ZeroShotBatch) -> torch.Tensor:
@@ -154,7 +156,7 @@ class ClassPoolsMixin(_PostProcessor):
         *args: Any,  # noqa: ANN401 - handed on to torch's method
         **kwargs: Any,  # noqa: ANN401 - handed on to torch's method
     ) -> None:
-        with_least_values(state_dict, prefix)
+        with_offsets(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_from(

@@ -129,7 +129,8 @@ def _enlarged(batch: ZeroShotBatch, model: LightningModule) -> Iterator[tuple[to
             logger.warning("The size of %s cannot be read any more, so its map stays as it is (%s).", path, error)
             size = cast("tuple[int, int]", tuple(small.shape))
         large = network.region.enlarge(small[None], size)
-        mask = post_processor.pixel_mask(large, None if batch.class_index is None else batch.class_index[row : row + 1])
+        own = (None if values is None else values[row : row + 1] for values in (batch.map_offset, batch.class_index))
+        mask = post_processor.pixel_mask(large, *own)
         region = network.region.given
         if mask is not None and region is not None:
             mask &= torch.from_numpy(region.inside(size)).to(mask.device)

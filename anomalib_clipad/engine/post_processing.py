@@ -214,8 +214,8 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         if of is not None:
             announce(image, self.false_alarm_rate, int(normal[:, 5].sum()), of)
 
-    def _take_offset(self, network: ZeroShotNetwork, largest_least: float, number: int | None) -> None:
-        self.map_offset.take(largest_least, max(1, len(network.class_names)), number)
+    def _take_offset(self, network: ZeroShotNetwork, largest: float, number: int | None) -> None:
+        self.map_offset.take(largest, max(1, len(network.class_names)), number)
 
     def post_process_batch(self, batch: Batch) -> None:
         """Normalise and threshold a batch in place, and give p-values where scores of normal images are known."""
@@ -250,9 +250,10 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
             number is anomalous. Outside of a region the map is 0, and nothing is marked.
         """
         score, anomaly_map, class_index = predictions.pred_score, predictions.anomaly_map, predictions.class_index
+        offsets = predictions.map_offset
         region = None if self.region is None else self.region.inside
         shown_score = self._shown("image", score, score.clamp(0, 1), class_index)
-        shown_map = self._shown_map(anomaly_map, class_index)
+        shown_map = self._shown_map(anomaly_map, offsets, class_index)
         if region is not None:
             shown_map = torch.where(region, shown_map, 0.0)
         label = mask = None
@@ -264,16 +265,20 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
             score, anomaly_map = shown_score, shown_map
         return InferenceBatch(score, label, anomaly_map, mask)
 
-    def pixel_mask(self, anomaly_map: torch.Tensor, class_index: torch.Tensor | None = None) -> torch.Tensor | None:
+    def pixel_mask(
+        self, anomaly_map: torch.Tensor, offsets: torch.Tensor | None = None, class_index: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """The mask of a map that :meth:`forward` gave, enlarged; ``None`` where there are to be none."""
         if not self.enable_thresholding:
             return None
-        shown = anomaly_map if self.enable_normalization else self._shown_map(anomaly_map, class_index)
+        shown = anomaly_map if self.enable_normalization else self._shown_map(anomaly_map, offsets, class_index)
         return ~(shown <= 1 - self.pixel_sensitivity)
 
-    def _shown_map(self, maps: torch.Tensor, class_index: torch.Tensor | None) -> torch.Tensor:
+    def _shown_map(
+        self, maps: torch.Tensor, offsets: torch.Tensor | None, class_index: torch.Tensor | None
+    ) -> torch.Tensor:
         by_rule = maps if self.map_scale is None else self.map_scale.squash(maps)
-        return self._shown("pixel", self.map_offset(maps, class_index), by_rule, class_index)
+        return self._shown("pixel", self.map_offset(maps, offsets, class_index), by_rule, class_index)
 
     def _shown(
         self, level: str, values: torch.Tensor, by_rule: torch.Tensor, class_index: torch.Tensor | None = None

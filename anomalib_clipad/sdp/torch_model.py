@@ -25,7 +25,6 @@ from anomalib_clipad.components import (
     RegionOfPictures,
     TextEncoder,
     Tiling,
-    feature_surgery,
     keep_shape,
     open_backbone,
 )
@@ -36,6 +35,7 @@ from anomalib_clipad.components.reference_tokens import reference_taps
 from anomalib_clipad.components.region import Boxes
 from anomalib_clipad.components.representative_vector import rvs_options
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale, Prediction, ScoreFusion, Scores, text_score
+from anomalib_clipad.components.surgery import surgery_scores
 from anomalib_clipad.components.text_encoder import Tokenizer
 from anomalib_clipad.components.tiling import ViewScores, check_tiles
 from anomalib_clipad.errors import InputError
@@ -213,9 +213,9 @@ class ClipAdSdpModel(FewShotNetwork):
 
     def predictions(self, scores: Scores) -> Prediction:
         """The two scores of an image as one."""
-        anomaly_map, text_score, map_score, _, class_index = scores
+        anomaly_map, text_score, map_score, _, class_index, offset = scores
         fused = self.fuse(text_score, map_score, class_index)
-        return Prediction(fused, anomaly_map, text_score, map_score, class_index)
+        return Prediction(fused, anomaly_map, text_score, map_score, class_index, offset)
 
     def scores(self, images: torch.Tensor, class_index: torch.Tensor | None = None) -> Scores:
         """The map and the two scores of images, see :meth:`forward` and :meth:`Tiling.join`.
@@ -286,27 +286,27 @@ class ClipAdSdpModel(FewShotNetwork):
             msg = f"class_index must name a class for each of {len(surgery[-1])} images, got {len(class_index)}."
             raise InputError(msg)
         with torch.autocast(text_features.device.type, enabled=False):
-            text_map = self.map_before_smoothing(features, text_features)
+            text_map, offset = self.map_before_smoothing(features, text_features)
             score, evidence = text_score(surgery[-1], text_features), self.defect_names.evidence(surgery)
-            seen = ViewScores(text_map, score, defect_evidence=evidence, class_index=class_index)
+            seen = ViewScores(text_map, score, None, evidence, class_index, offset)
             if bank is None or not bank.fitted:
                 return seen
             return seen._replace(reference_map=self.enlarge_patches(bank(self.reference_tokens(features), class_index)))
 
     def joined_scores(self, joined: ViewScores) -> Scores:
         """What was found in whole pictures and tiles, and joined, as one map and two scores."""
-        text_map, text, reference_map, evidence, class_index = joined
+        text_map, text, reference_map, evidence, class_index, offset = joined
         if reference_map is None:
             map_score = self.region.values(text_map).amax(dim=1)
-            return Scores(self.region.cut(text_map), text, map_score, evidence, class_index)
+            return Scores(self.region.cut(text_map), text, map_score, evidence, class_index, offset)
         text_units, reference_units = self.reference_fusion.units(text_map, reference_map, class_index)
         map_score = self.reference_fusion.map_score(self.region.values(reference_units), math.prod(self.view_size))
-        return Scores(self.region.cut(text_units + reference_units), text, map_score, evidence, class_index)
+        offset = None if offset is None else self.reference_fusion.offset_units(offset, class_index)
+        return Scores(self.region.cut(text_units + reference_units), text, map_score, evidence, class_index, offset)
 
-    def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
-        """The map of a batch before smoothing, (B, H, W)."""
-        return self.similarity_map(features.surgery, text_features)
-
-    def similarity_map(self, surgery: list[torch.Tensor], text_features: torch.Tensor) -> torch.Tensor:
-        """Anomalous score of the patches after surgery, resized bilinearly: (B, H, W)."""
-        return self.enlarge_patches(feature_surgery(surgery, text_features)[:, 1:, 1])
+    def map_before_smoothing(
+        self, features: DualPathFeatures, text_features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Anomalous scores of the patches after surgery, resized bilinearly, (B, H, W), and their offset, (B,)."""
+        anomalous, offset = surgery_scores(features.surgery, text_features)
+        return self.enlarge_patches(anomalous[:, 1:]), offset

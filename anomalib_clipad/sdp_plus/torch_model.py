@@ -55,11 +55,13 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         """The adapter: what is trained, and kept in a checkpoint."""
         return self.adapter
 
-    def map_before_smoothing(self, features: DualPathFeatures, text_features: torch.Tensor) -> torch.Tensor:
-        """SDP's map plus the layers' anomalous probabilities, (B, H, W)."""
-        total = super().map_before_smoothing(features, text_features)
+    def map_before_smoothing(
+        self, features: DualPathFeatures, text_features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """SDP's map plus the layers' anomalous probabilities, (B, H, W), and SDP's offset, (B,)."""
+        total, offset = super().map_before_smoothing(features, text_features)
         logits = torch.cat(self.patch_logits(features.original, text_features), dim=1)  # (B, taps, rows, columns)
-        return total + self._enlarge(logits).sigmoid().sum(dim=1)
+        return total + self._enlarge(logits).sigmoid().sum(dim=1), offset
 
     def loss(
         self,
