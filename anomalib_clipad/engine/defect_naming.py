@@ -11,8 +11,8 @@ from anomalib_clipad.components import DefectName, DefectNames, NamingFigures, r
 from anomalib_clipad.components.defect_words import word_of_folder
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.engine.post_processing import map_on_the_scale
 from anomalib_clipad.engine.scored_batches import ScoredBatches
+from anomalib_clipad.engine.shown_map import map_on_the_scale
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 from anomalib_clipad.components.pretrained import not_for_use
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.verdict import Verdict, verdicts
-from anomalib_clipad.engine.post_processing import ClipAdPostProcessor, map_on_the_scale
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.run_folder import run_folder, skipped_images, writing
 from anomalib_clipad.engine.scored_batches import ScoredBatches, planes, side_by_side
+from anomalib_clipad.engine.shown_map import map_on_the_scale
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.page import (
     Finding,

@@ -18,7 +18,7 @@ from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.map_offset import MapOffset
 from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import MapScale, Prediction, Scores
-from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.inside import inside_only
 from anomalib_clipad.engine.class_pools import ClassPoolsMixin, Pool, classes_of, may_use_validation, summary_of
 from anomalib_clipad.engine.network import ZeroShotNetwork
@@ -289,30 +289,3 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         known = (limit.nan_to_num(value) for limit, value in zip(limits, (0.0, 1.0, 0.5), strict=True))
         normalised = cast("torch.Tensor", self._normalize(values, *known))
         return torch.where(limits[-1].isnan(), by_rule, normalised)
-
-
-def map_on_the_scale(of: ZeroShotBatch | ZeroShotItem, model: LightningModule) -> torch.Tensor:
-    """Maps in [0, 1], 0.5 at the threshold; by the model's own rule where no post-processor has brought them there.
-
-    Args:
-        of: A batch, or an item, at the end of a step.
-        model: The one that has scored it.
-
-    Returns:
-        Its maps, 0 outside of a region.
-
-    Example:
-        >>> from anomalib_clipad import ClipAdSdp
-        >>> model = ClipAdSdp("nut", small_clip, post_processor=False)
-        >>> map_on_the_scale(ZeroShotItem(image=torch.zeros(3, 1, 2), anomaly_map=torch.zeros(1, 2)), model)
-        tensor([[0.5000, 0.5000]])
-    """
-    post_processor = getattr(model, "post_processor", None)
-    shown = isinstance(post_processor, PostProcessor) and post_processor.enable_normalization
-    if shown and not isinstance(post_processor, ClipAdPostProcessor):
-        shown = not cast("PostProcessor", post_processor).pixel_min.isnan()
-    scale = getattr(model.model, "map_scale", None)
-    anomaly_map = cast("torch.Tensor", of.anomaly_map)
-    if not shown and scale is not None:
-        anomaly_map = scale.squash(anomaly_map)
-    return anomaly_map if of.region is None else torch.where(of.region.reshape(anomaly_map.shape), anomaly_map, 0.0)

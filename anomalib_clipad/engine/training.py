@@ -22,8 +22,9 @@ from torch import nn
 from anomalib_clipad.components import DualPathFeatures
 from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.data.batch import ZeroShotBatch
-from anomalib_clipad.engine.checkpoint import IDENTITY, OF_CLASSES
+from anomalib_clipad.engine.checkpoint import IDENTITY
 from anomalib_clipad.engine.checkpoint_parts import damaged, difference
+from anomalib_clipad.engine.checkpoint_state import OF_CLASSES
 from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.engine.network import ZeroShotNetwork

@@ -16,9 +16,9 @@ from torchvision.transforms.v2 import Normalize
 
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.verdict import Verdict, verdicts
-from anomalib_clipad.engine.post_processing import map_on_the_scale
 from anomalib_clipad.engine.run_folder import IMAGES, images_of, run_folder, writing
 from anomalib_clipad.engine.scored_batches import ScoredBatches, planes, side_by_side
+from anomalib_clipad.engine.shown_map import map_on_the_scale
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import write_atomically
 from anomalib_clipad.pictures.image_file import read_picture, size_within, sized
