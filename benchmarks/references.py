@@ -70,7 +70,8 @@ def mask_of(path: Path, root: Path) -> np.ndarray:
 @torch.inference_mode()
 def score(model: ClipAdSdp, images: torch.Tensor) -> Scores:
     """Scores of all images, in batches of 16."""
-    return Scores(*map(torch.cat, zip(*(model.model.scores(batch)[:3] for batch in images.split(16)), strict=True)))
+    columns = zip(*(model.model.scores(batch) for batch in images.split(16)), strict=True)
+    return Scores(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def without(data: Images, index: int) -> Images:
@@ -158,7 +159,7 @@ def false_alarms(model: ClipAdSdp, data: Images, references: int, others: bool) 
 
 
 def marks(model: ClipAdSdp, data: Images, references: int, others: bool) -> list[str]:
-    """Masks of anomalous images, by the threshold alone, and with the maps' offsets taken away as it is done.
+    """Masks of anomalous images, by the threshold alone, and with what :class:`MapOffset` takes away, as it is done.
 
     Means of the overlap with the ground truth (intersection over union), the marked share of the image and the found
     share of the ground truth, in per cent.
@@ -210,7 +211,7 @@ def main() -> None:
         rest = len(data.train) - count if others else 0
         print(f"| {name} ({(~data.labels).sum()} good) | {count}, {rest} | " + " | ".join(cells) + " |")
     print(f"\nMasks of anomalous images, rate {MASK_RATE:.0%}: overlap / marked / found share of the defect in %\n")
-    print("| data | references | threshold alone | offsets taken away |\n|---|---|---|---|")
+    print("| data | references | threshold alone | as they are |\n|---|---|---|---|")
     for name, (count, _), cells in masks:
         print(f"| {name} | {count} | " + " | ".join(cells) + " |")
 
