@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from anomalib.data.utils import read_image
+from anomalib.deploy import CompressionType
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.transforms.v2.functional import normalize, resize
@@ -25,6 +26,7 @@ from anomalib_clipad.sdp_plus import ClipAdSdpPlusModel, load_adapter
 
 from .commands import run_in_process
 from .conftest import ROOT, new_engine
+from .test_export import run_openvino
 
 CATEGORIES = tuple(HELD_OUT)
 CONFIGS = ROOT / "configs"
@@ -191,6 +193,24 @@ def test_fewer_bits_give_the_same_figures(textures: Path, tmp_path: Path) -> Non
     assert len(exact) == 9
     for precision in ("bf16-true", "bf16-mixed", "16-true"):
         assert figures(precision) == pytest.approx(exact, abs=0.005), precision
+
+
+@pytest.mark.slow
+def test_eight_bits_keep_the_verdicts_of_references(textures: Path, tmp_path: Path) -> None:
+    """Distances from references are small differences; in eight bits every good part was called anomalous."""
+    model = ClipAdSdp(backbone="demo", k_shot=4, false_alarm_rate=0.1, visualizer=False)
+    data = DemoTextures(textures, "linen", num_workers=0)
+    new_engine(tmp_path).validate(model, datamodule=data, verbose=False)
+    path = model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=data)
+    assert path.with_suffix(".bin").stat().st_size < 0.5 * sum(p.nbytes for p in model.model.visual.parameters())
+    pictures = sorted((textures / "linen/test").glob("*/*.png"))
+    pixels = torch.stack([read_image(picture, as_tensor=True) for picture in pictures])
+    with torch.no_grad():
+        expected = model.eval()(pixels)
+    found = run_openvino(path, pixels.numpy())
+    differing = found["pred_label"].ravel() != expected.pred_label.numpy()
+    assert differing.sum() <= 1  # a score next to the threshold
+    assert (found["pred_mask"].squeeze() != expected.pred_mask.numpy()).mean() < 0.03
 
 
 def test_it_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
