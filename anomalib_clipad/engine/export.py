@@ -123,7 +123,8 @@ class WholeExportMixin(ExportMixin):
         export = super().to_onnx
 
         def traced(folder: Path) -> Path:
-            file = export(folder, model_file_name, input_size, **kwargs)
+            with torch.no_grad():  # what a run has set is not to be differentiated, and anomalib runs the model once
+                file = export(folder, model_file_name, input_size, **kwargs)
             self.describe(file)
             return file
 
