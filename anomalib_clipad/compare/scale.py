@@ -181,9 +181,9 @@ def _of_model(post_processor: object, level: Level, values: np.ndarray, number: 
 def _largest_offset(post_processor: PostProcessor, number: int | None) -> float | None:
     if not isinstance(post_processor, ClipAdPostProcessor):
         return None
-    known = post_processor.map_offset.largest
-    value = float(known[number or 0]) if len(known) else math.nan
-    return value if math.isfinite(value) else None
+    known = post_processor.map_offset.largest.tolist()
+    own = known if number is None else known[number : number + 1]
+    return own[0] if len(own) == 1 and math.isfinite(own[0]) else None  # images of all classes have none in common
 
 
 def _of_images(values: np.ndarray, good: np.ndarray) -> Scale:

@@ -87,13 +87,12 @@ class ReferenceFusion(Float32Buffers):
         """Both maps (B, H, W) in their units u, each as u / (1 + abs(u) / 20): neither outvotes the other in a sum."""
         mean, std = (rows_of(values, class_index, dims=2)[..., :2] for values in (self.mean, self.std))
         units = (torch.stack([text_map, reference_map], dim=-1) - mean) / std
-        text_units, reference_units = (units / (1 + units.abs() / LIMIT)).unbind(dim=-1)
+        text_units, reference_units = _limited(units).unbind(dim=-1)
         return text_units, reference_units
 
     def offset_units(self, offset: torch.Tensor, class_index: torch.Tensor | None = None) -> torch.Tensor:
         """(B,) what all pixels of a text map have in common, as a part of the sum of both maps in their units."""
-        units = offset / rows_of(self.std, class_index)[..., 0]
-        return units / (1 + units.abs() / LIMIT)
+        return _limited(offset / rows_of(self.std, class_index)[..., 0])
 
     @staticmethod
     def map_score(values: torch.Tensor, area: int | None = None) -> torch.Tensor:
@@ -123,3 +122,7 @@ class ReferenceFusion(Float32Buffers):
         # Not torch.hypot, which cannot be exported to ONNX.
         above = (map_score.clamp(min=0).square() + text.clamp(min=0).square()).sqrt()
         return above + map_score.clamp(max=0)
+
+
+def _limited(units: torch.Tensor) -> torch.Tensor:
+    return units / (1 + units.abs() / LIMIT)

@@ -123,7 +123,7 @@ class WholeExportMixin(ExportMixin):
         export = super().to_onnx
 
         def traced(folder: Path) -> Path:
-            with torch.no_grad():  # what a run has set is not to be differentiated, and anomalib runs the model once
+            with torch.no_grad():  # torch replays the graph, and what a run has set cannot be differentiated
                 file = export(folder, model_file_name, input_size, **kwargs)
             self.describe(file)
             return file
@@ -211,6 +211,9 @@ def _beside_the_tower(model: "Model", projection: np.ndarray) -> list[str]:
     Args:
         model: The graph.
         projection: (W, D) weight of the tower's last product.
+
+    Raises:
+        InputError: If the graph has no such product.
     """
     inside: set[str] = set()
     waiting = [operation for operation in model.get_ordered_ops() if _multiplies_by(operation, projection)]
@@ -219,6 +222,9 @@ def _beside_the_tower(model: "Model", projection: np.ndarray) -> list[str]:
         if operation.get_friendly_name() not in inside:
             inside.add(operation.get_friendly_name())
             waiting += [one.get_source_output().get_node() for one in operation.inputs()]
+    if not inside:
+        msg = "INT8_PTQ is not possible: the vision tower cannot be told from the rest of the graph; use INT8 or FP16."
+        raise InputError(msg)
     names = (operation.get_friendly_name() for operation in model.get_ordered_ops())
     return [name for name in names if name not in inside]
 
@@ -227,9 +233,8 @@ def _multiplies_by(operation: "Node", weight: np.ndarray) -> bool:
     if operation.get_type_name() != "MatMul":
         return False
     given = [one.get_source_output().get_node() for one in operation.inputs()]
-    values = [one.data for one in given if one.get_type_name() == "Constant"]
-    sides = [side for side in (weight, weight.T) for one in values if one.shape == side.shape and (one == side).all()]
-    return bool(sides)
+    constants = [one.data for one in given if one.get_type_name() == "Constant"]
+    return any(np.array_equal(one, side) for one in constants for side in (weight, weight.T))
 
 
 @contextmanager

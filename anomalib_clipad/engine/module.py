@@ -245,6 +245,7 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
     def _thresholds(self) -> nn.Module:
         return self.post_processor if isinstance(self.post_processor, nn.Module) else nn.Identity()
 
+    @torch.no_grad()
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
         """Score images as they are: (B, 3, height, width) in [0, 1], see :func:`with_class` for several classes."""
         del args, kwargs

@@ -250,10 +250,9 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
             number is anomalous. Outside of a region the map is 0, and nothing is marked.
         """
         score, anomaly_map, class_index = predictions.pred_score, predictions.anomaly_map, predictions.class_index
-        offsets = predictions.map_offset
         region = None if self.region is None else self.region.inside
         shown_score = self._shown("image", score, score.clamp(0, 1), class_index)
-        shown_map = self._shown_map(anomaly_map, offsets, class_index)
+        shown_map = self._shown_map(anomaly_map, predictions.map_offset, class_index)
         if region is not None:
             shown_map = torch.where(region, shown_map, 0.0)
         label = mask = None
