@@ -45,13 +45,21 @@ def strange_folder(image_folder: Path) -> Path:
     return image_folder
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+# Workers are copies of the process on Linux up to Python 3.13, and start afresh everywhere else.
+@pytest.mark.parametrize("workers, start", [(0, None), (2, "fork"), (1, "spawn")])
 def test_strange_images_are_scored_and_unreadable_ones_named(
-    small_clip: str, strange_folder: Path, engine: Engine, caplog: pytest.LogCaptureFixture, workers: int
+    small_clip: str,
+    strange_folder: Path,
+    engine: Engine,
+    caplog: pytest.LogCaptureFixture,
+    workers: int,
+    start: str | None,
 ) -> None:
     model = ClipAdSdp(visualizer=False, backbone=small_clip, class_name="cup")
     dataset = PredictDataset(strange_folder)
-    loader = DataLoader(dataset, batch_size=2, collate_fn=dataset.collate_fn, num_workers=workers)
+    loader = DataLoader(
+        dataset, batch_size=2, collate_fn=dataset.collate_fn, num_workers=workers, multiprocessing_context=start
+    )
     batches = engine.predict(model, dataloaders=loader)
     scored = {Path(path).name for batch in batches for path in batch.image_path}
     assert scored == {path.name for path in strange_folder.iterdir()} - {"corrupt.png", "truncated.jpg"}

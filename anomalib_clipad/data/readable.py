@@ -169,7 +169,9 @@ class ReadableDataset(Dataset):
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["dataset"], name)
+        if name == "dataset":  # not there yet where pickle makes a copy for a worker
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> DatasetItem | None:
         try:
