@@ -188,11 +188,10 @@ def test_judgements_outlive_a_reload_and_are_exported(opened: Callable, browser:
     page, images = example(tmp_path)
     opened(page)
     wanted = {images[4].path: "OK", images[6].path: "NG"}
-    cards = {card.find_element("class name", "name").get_attribute("title"): card for card in cards_of(browser)}
     for path, judgement in wanted.items():
-        next(b for b in cards[path].find_elements("css selector", ".judge button") if b.text == judgement).click()
+        judge(browser, path, judgement)
     browser.refresh()
-    assert browser.find_element("id", "judgements").text == "1 OK, 1 NG, 22 not judged"
+    assert_judged(browser, "1 OK, 1 NG, 22 not judged")
     choose(browser, "judged", "NG")
     assert shown(browser) == [images[6].path]
     enter(browser, "threshold-number", "0.25")
@@ -212,20 +211,55 @@ def test_judgements_outlive_a_reload_and_are_exported(opened: Callable, browser:
         assert (row["threshold"], row["model"]) == ("0.25", "SDP")
     browser.find_element("id", "clear").click()
     browser.switch_to.alert.accept()
-    assert browser.find_element("id", "judgements").text == "0 OK, 0 NG, 24 not judged"
+    assert_judged(browser, "0 OK, 0 NG, 24 not judged")
+
+
+def test_two_windows_of_a_page_keep_each_others_judgements(opened: Callable, browser: Any, tmp_path: Path) -> None:
+    page, images = example(tmp_path)
+    opened(page)
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    browser.get(page.as_uri())
+    second = browser.current_window_handle
+    for window, image, words in (
+        (first, images[4], "1 OK, 0 NG, 23 not judged"),
+        (second, images[6], "2 OK, 0 NG, 22 not judged"),
+        (first, images[7], "3 OK, 0 NG, 21 not judged"),
+    ):
+        browser.switch_to.window(window)
+        judge(browser, image.path, "OK")
+        for seen_in in (first, second):
+            browser.switch_to.window(seen_in)
+            assert_judged(browser, words)
+    browser.close()
+    browser.switch_to.window(first)
 
 
 def cards_of(browser: Any) -> list[Any]:
     return browser.find_elements("class name", "card")
 
 
-def downloaded(folder: Path) -> str:
+def judge(browser: Any, path: str, judgement: str) -> None:
+    cards = {card.find_element("class name", "name").get_attribute("title"): card for card in cards_of(browser)}
+    next(b for b in cards[path].find_elements("css selector", ".judge button") if b.text == judgement).click()
+
+
+def assert_judged(browser: Any, words: str) -> None:
+    """The browser hands what is kept from one window, or one load of the page, to the next with a delay."""
     deadline = time.monotonic() + 10
-    while not (files := list(folder.glob("*.csv"))):
+    while (found := browser.find_element("id", "judgements").text) != words:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+
+
+def downloaded(folder: Path) -> str:
+    """The browser makes an empty file of this name before it fills it."""
+    deadline = time.monotonic() + 10
+    while not (content := "".join(path.read_bytes().decode() for path in folder.glob("*.csv"))):
         assert time.monotonic() < deadline, "no file came"
         time.sleep(0.02)
-    content = files[0].read_bytes().decode()
-    files[0].unlink()
+    for path in folder.iterdir():
+        path.unlink()
     return content
 
 
