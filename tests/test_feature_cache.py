@@ -176,6 +176,21 @@ def test_only_an_unreadable_image_is_left_out(
     assert [data.train_data.data.path(i) for i in batch.index.tolist()] == batch.image_path
 
 
+@pytest.mark.parametrize("in_memory, workers", [(True, 0), (False, 2)])
+def test_taps_in_memory_are_not_copied_into_workers(
+    own_category: Path, tmp_path: Path, in_memory: bool, workers: int
+) -> None:
+    where = True if in_memory else tmp_path / "taps"
+    data = AuxiliaryDataModule(widgets(own_category), num_workers=2, cache_features=where)
+    data.setup()
+    data.cache(compute, "clip")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert loader.num_workers == workers
+        assert {path for batch in loader for path in batch.image_path} == {
+            item.image_path for item in iterate(loader.dataset)
+        }
+
+
 def test_cached_images_are_brightened_as_others_are(own_category: Path) -> None:
     """Pixels of 16 bits are not saturated on the way into the cache."""
     path = own_category / "test/good/000.png"

@@ -246,9 +246,9 @@ class AuxiliaryDataModule(AnomalibDataModule):
     def _loader(
         self, data: AuxiliaryDataset | CachedFeatures, batch_size: int, sampler: Iterable[int] | None = None
     ) -> DataLoader:
-        return DataLoader(
-            data, batch_size=batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=data.collate_fn
-        )
+        # Taps in memory need no reading, and every worker that starts afresh would get a copy of all of them.
+        workers = 0 if isinstance(data, CachedFeatures) and data.folder is None else self.num_workers
+        return DataLoader(data, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=data.collate_fn)
 
     def cache(self, compute: Callable[[ImageBatch], Any], key: str) -> None:
         """Replace the images by their taps, computed once.
