@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import Normalize
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.components import p_values
+from anomalib_clipad.components.reference_fusion import ReferenceFusion
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.host import images_converted_on_the_gpu, readable_images
 
@@ -31,16 +32,28 @@ pytestmark = pytest.mark.skipif(
 FakeTensorMode = torch._subclasses.FakeTensorMode
 
 
-class Stay(TorchDispatchMode):
-    """Nothing that is computed may be anywhere but on the GPU."""
+class NoFloat64(TorchDispatchMode):
+    """Nothing on the GPU may be in float64, which those of Apple do not have."""
 
     def __torch_dispatch__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
     ) -> object:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            assert not isinstance(tensor, torch.Tensor) or tensor.is_cuda, f"{func} leaves the GPU"
+            if isinstance(tensor, torch.Tensor):
+                self.check(tensor, f"{func}")
         return out
+
+    def check(self, tensor: torch.Tensor, by: str) -> None:
+        assert not tensor.is_cuda or tensor.dtype != torch.float64, f"{by} gives float64"
+
+
+class Stay(NoFloat64):
+    """Nothing that is computed may be anywhere but on the GPU, either."""
+
+    def check(self, tensor: torch.Tensor, by: str) -> None:
+        super().check(tensor, by)
+        assert tensor.is_cuda, f"{by} leaves the GPU"
 
 
 class Chain(nn.Module):
@@ -109,6 +122,16 @@ def test_pictures_are_prepared_without_a_copy_to_the_gpu(small_clip: str, tmp_pa
             with Stay() if number else nullcontext():
                 start(None, None, batch, number)
     assert batch.image.shape == (2, 3, 32, 32)
+
+
+def test_units_of_references_need_no_float64_on_the_gpu() -> None:
+    with FakeTensorMode():
+        fusion = ReferenceFusion()
+        fusion.mean, fusion.std = (torch.ones(1, 3, device="cuda") for _ in range(2))
+        with NoFloat64():
+            fusion.fit(*(torch.rand(4, 64, device="cuda") for _ in range(2)), torch.rand(4, device="cuda"))
+    assert fusion.mean.is_cuda
+    assert fusion.std.dtype == torch.float32
 
 
 def test_what_is_on_the_gpu_is_the_present_transform(small_clip: str, tmp_path: Path) -> None:

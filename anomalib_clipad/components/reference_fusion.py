@@ -56,8 +56,8 @@ class ReferenceFusion(Float32Buffers):
             number: Index of their class.
         """
         logits = text_scores.logit(eps=LOGIT_BOUND)
-        # One after the other, since maps in float64 are large.
-        units = [torch.var_mean(values.double(), correction=0) for values in (text_maps, reference_maps, logits)]
+        # One after the other, since maps in float64 are large; by the CPU, since GPUs of Apple have no float64.
+        units = [torch.var_mean(values.cpu().double(), correction=0) for values in (text_maps, reference_maps, logits)]
         variance, mean = (torch.stack(both) for both in zip(*units, strict=True))
         variance[2] += (1 - variance[2]) / (len(logits) + 1)
         self.mean[number] = mean.float()
