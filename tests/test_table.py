@@ -115,7 +115,7 @@ def test_an_interrupted_run_says_what_it_leaves_and_where(
     with caplog.at_level(logging.INFO, "anomalib_clipad"), pytest.raises(SystemExit):
         engine.predict(ClipAdSdp("cup", small_clip), data_path=category / "test/good", return_predictions=False)
     assert len(table_of(engine)) == 2
-    place = Path(engine.trainer.default_root_dir) / "predict/v0"
+    place = Path(engine.trainer.default_root_dir).resolve() / "predict/v0"
     assert "2 images, " in caplog.text
     assert f"when the run ended. Results in {place}: {NAME}, images, report.html." in caplog.text
 
@@ -138,6 +138,16 @@ def test_every_run_keeps_a_table_of_its_own(small_clip: str, category: Path, tmp
     for part in ("test/square", "test/good"):
         engine.predict(model, data_path=category / part)
     assert [len(table_of(engine, f"predict/{run}")) for run in ("v0", "v1", "latest")] == [6, 5, 5]
+
+
+def test_a_run_before_any_training_does_not_stand_in_its_way(small_clip: str, category: Path, tmp_path: Path) -> None:
+    for start in ("test", "train", "test"):
+        getattr(new_engine(tmp_path), start)(ClipAdSdp("cup", small_clip, **BARE), datamodule=folder(category))
+    versions = tmp_path / "results/ClipAdSdp/widget"
+    assert sorted(path.name for path in versions.iterdir()) == ["latest", "v0", "v1"]
+    tables = sorted(path.relative_to(versions).as_posix() for path in versions.glob("v*/test/v*/predictions.csv"))
+    assert tables == [f"{run}/predictions.csv" for run in ("v0/test/v0", "v1/test/v0", "v1/test/v1")]
+    assert (versions / "latest/weights/lightning/model.ckpt").samefile(versions / "v1/weights/lightning/model.ckpt")
 
 
 def test_names_with_commas_quotes_and_line_breaks_stay_whole(small_clip: str, tmp_path: Path) -> None:

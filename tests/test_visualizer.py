@@ -38,7 +38,7 @@ def test_pictures_of_two_runs_and_of_two_folders_stay_apart(
     engine, model = new_engine(tmp_path), ClipAdSdp("cup", small_clip)
     with caplog.at_level("INFO", "anomalib_clipad"):
         first = engine.predict(model, data_path=category / "test")
-    assert f"Results in results/ClipAdSdp/latest/predict/v0: {NAME}, images, report.html." in caplog.text
+    assert f"Results in results/ClipAdSdp/v0/predict/v0: {NAME}, images, report.html." in caplog.text
     engine.predict(model, data_path=category / "test/good")
     engine.test(model, datamodule=folder(category), verbose=False)
     runs = Path(engine.trainer.default_root_dir)

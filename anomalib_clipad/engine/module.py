@@ -37,7 +37,7 @@ from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_trans
 from anomalib_clipad.engine.product_batch import with_class
 from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
 from anomalib_clipad.engine.region import RegionMixin
-from anomalib_clipad.engine.run_folder import RunFolder, check_root, images_of
+from anomalib_clipad.engine.run_folder import RunFolder, check_root, images_of, link_latest
 from anomalib_clipad.engine.scored_batches import warn_of_not_finite
 from anomalib_clipad.engine.single_pass import SinglePassMixin
 from anomalib_clipad.engine.table import PredictionTable
@@ -163,7 +163,14 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         """See :meth:`prepare_classes`."""
         self.prepare_classes()
 
-    on_validation_start = on_test_start = on_predict_start
+    on_test_start = on_predict_start
+
+    def on_validation_start(self) -> None:
+        """Likewise, and make the folder where anomalib is to save a checkpoint."""
+        self.prepare_classes()
+        trainer = cast("Any", self.trainer)
+        if trainer.checkpoint_callback is not None and not trainer.fast_dev_run:
+            link_latest(trainer)
 
     def prepare_classes(self) -> None:
         """Encode the prompts of the class at hand, and prepare what comes from normal images."""

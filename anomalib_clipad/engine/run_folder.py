@@ -1,5 +1,6 @@
 """Where the results of a run go: every run of test or predict has a folder of its own."""
 
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunFolder(Callback):
         path, problem = None, None
         if trainer.is_global_zero:
             try:
+                link_latest(trainer)
                 path = _new_folder(Path(trainer.default_root_dir) / ("predict" if trainer.predicting else "test"))
             except InputError as error:
                 problem = str(error)  # for all processes, which wait for the folder
@@ -137,6 +139,30 @@ def share_folder(trainer: Trainer) -> None:
             draft.symlink_to(folder, target_is_directory=True)
 
 
+def link_latest(trainer: Trainer) -> None:
+    """Make the folder ``latest`` of a run before any training as training does: a link to the first version.
+
+    anomalib names it and leaves it to who writes first. Made as a folder, it would end a later fit, which puts a link
+    in its place. On Windows it stays a folder, since anomalib does not write through links there.
+
+    Args:
+        trainer: The run's.
+
+    Raises:
+        InputError: If the folder cannot be made.
+
+    Example:
+        >>> link_latest(Trainer(default_root_dir="results/latest", logger=False, accelerator="cpu"))
+        >>> Path("results/latest").resolve().name
+        'v0'
+    """
+    root = Path(trainer.default_root_dir)
+    if root.name != "latest" or root.exists() or not trainer.is_global_zero or os.name == "nt":
+        return
+    with writing(root), suppress(FileExistsError, IsADirectoryError):  # another run makes it at this moment
+        create_versioned_dir(root.parent)
+
+
 def check_root(trainer: Trainer) -> None:
     """Say in one sentence that nothing can be written, before anomalib's command line saves its configuration there.
 
@@ -151,6 +177,7 @@ def check_root(trainer: Trainer) -> None:
         >>> Path("results").is_dir()
         True
     """
+    link_latest(trainer)
     root = Path(trainer.default_root_dir)
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
