@@ -153,11 +153,12 @@ def test_exports_have_references_and_thresholds(
 
 
 def test_a_model_is_called_and_exported_right_after_a_run(small_clip: str, parts: Path, tmp_path: Path) -> None:
-    """What the run has set cannot be differentiated, and SDP+ has layers that can."""
+    """SDP+ has layers with gradients, and what is set in inference mode could not be used with them."""
     model = build_model("ClipAdSdpPlus", small_clip, tmp_path, k_shot=2, class_name="cup", **BARE)
     new_engine(tmp_path / "a").validate(model, datamodule=folder(parts), verbose=False)
     image = PredictDataset(parts / "test/square")[0].image[None]
     expected = model.eval()(image)
+    assert model.model(model.pre_processor(image)).anomaly_map.requires_grad
     session = onnxruntime.InferenceSession(model.to_onnx(tmp_path))
     (found,) = session.run(["anomaly_map"], {"input": image.numpy()})
     np.testing.assert_allclose(found.squeeze(), expected.anomaly_map[0], atol=1e-4)

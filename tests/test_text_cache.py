@@ -1,7 +1,10 @@
 """Text vectors are computed once: what a second start reads, and what makes it compute again."""
 
+import copy
 import json
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -9,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.components import open_backbone
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
@@ -179,3 +183,19 @@ def test_weights_are_hashed_once_a_start_where_nothing_can_be_kept(
     monkeypatch.setattr(Path, "open", count)
     ClipAdSdpModel(str(folder)).set_classes(["nut", "bolt", "screw"])
     assert len(opened) == 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_reads_a_text_tower_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, duplicate: Callable[[ClipAdSdp], ClipAdSdp]
+) -> None:
+    monkeypatch.setenv("ANOMALIB_CLIPAD_CACHE", "0")  # so that each needs its own
+    model = ClipAdSdp(backbone=str(folder))
+    other = duplicate(model)
+    images = torch.rand(2, 3, 32, 32)
+    maps = []
+    for one in (other, model, duplicate(model)):
+        one.choose_class("cup")
+        maps.append(one.eval()(images).anomaly_map)
+    assert torch.equal(maps[0], maps[1])
+    assert torch.equal(maps[0], maps[2])

@@ -1,7 +1,7 @@
 """An open_clip model, built and filled from a file: the vision tower at once, the text tower when it is needed."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -100,7 +100,61 @@ class Architecture:
         return clip.eval().requires_grad_(requires_grad=False)
 
 
-def load_clip(architecture: Architecture, path: Path, trusted: bool = False) -> tuple[nn.Module, Callable[[], None]]:
+class LateTextTower:
+    """Builds and fills the text tower of a CLIP; a second call does nothing.
+
+    An object, not a function in a function, so that a copy of a model, or a pickled one, fills its own CLIP.
+
+    Args:
+        clip: Whose vision tower is filled.
+        architecture: What it was built from.
+        path: File of the weights.
+        trusted: See :func:`load_clip`.
+        filled: Bytes that were read of the file.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> from anomalib_clipad.components.backbone import open_backbone
+        >>> opened = open_backbone(small_clip)
+        >>> own, fill_text = deepcopy((opened.loaded.clip, opened.fill_text))
+        >>> fill_text()
+        >>> own.token_embedding.weight.is_meta, opened.loaded.clip.token_embedding.weight.is_meta
+        (False, True)
+    """
+
+    def __init__(self, clip: nn.Module, architecture: Architecture, path: Path, trusted: bool, filled: int) -> None:
+        self.clip, self.architecture, self.path, self.trusted, self.filled = clip, architecture, path, trusted, filled
+        self.changed = _changed(path)
+        self.has_text = False
+
+    def __call__(self) -> None:
+        """Build and fill it.
+
+        Raises:
+            InputError: If the file does not fit, or has changed since the vision tower was read.
+        """
+        if self.has_text:
+            return
+        if _changed(self.path) != self.changed:
+            msg = (
+                f"The weights {self.path} have changed since the model was loaded, so its text tower cannot be read; "
+                "load it again."
+            )
+            raise InputError(msg)
+        whole = self.architecture.build_empty(whole=True)
+        copies, _ = _read(self.clip, self.path, self.trusted, whole.state_dict(), seen=False, filled=self.filled)
+        for name, module in whole.named_children():
+            if name != "visual":
+                setattr(self.clip, name, module)
+        self.clip.load_state_dict(copies, strict=False, assign=True)
+        for module in self.clip.modules():
+            mask = getattr(module, MASK, None)
+            if isinstance(mask, torch.Tensor) and mask.is_meta:
+                setattr(module, MASK, torch.full(mask.shape, -torch.inf).triu_(1))  # causal, as open_clip makes it
+        self.has_text = True
+
+
+def load_clip(architecture: Architecture, path: Path, trusted: bool = False) -> tuple[nn.Module, LateTextTower]:
     """Build a CLIP, and fill its vision tower with the weights of a file.
 
     The file is mapped, and its tensors are copied: a model that kept to the mapping would end the process when somebody
@@ -113,64 +167,46 @@ def load_clip(architecture: Architecture, path: Path, trusted: bool = False) -> 
         trusted: Whether a TorchScript file may be read, as OpenAI published its weights.
 
     Returns:
-        The CLIP, in eval mode, frozen, and a function that builds and fills its text tower; a second call does nothing.
+        The CLIP, in eval mode, frozen, and what builds and fills its text tower when it is called.
 
     Raises:
-        InputError: If the file cannot be read or does not fit, or has changed when the returned function is called,
-            which alone looks at the tensors of the text tower.
+        InputError: If the file cannot be read or does not fit; the text tower's tensors are not looked at.
     """
     clip = architecture.build_empty(whole=False)
-    script = _torchscript(path) if trusted else None
+    text_tower = LateTextTower(clip, architecture, path, trusted, filled=0)
+    copies, text_tower.filled = _read(clip, path, trusted, clip.state_dict(), seen=True, filled=0)
+    clip.load_state_dict(copies, strict=False, assign=True)
+    return clip, text_tower
+
+
+def _read(
+    clip: nn.Module, path: Path, trusted: bool, expected: Mapping[str, torch.Tensor], seen: bool, filled: int
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Copies of the tensors of the vision tower (``seen``), or of the others, and the bytes read so far."""
     what, advice = f"The weights {path}", "choose the backbone that they were saved from"
+    script = _torchscript(path) if trusted else None
 
     def open_file() -> dict[str, Any]:
         return _names_of_open_clip(script or map_tensors(path, "weights file"), clip)
 
-    def read(expected: Mapping[str, torch.Tensor], seen: bool, filled: int) -> tuple[dict[str, torch.Tensor], int]:
-        state, mapped, size = open_file(), 0, path.stat().st_size
-        expected = {name: tensor for name, tensor in expected.items() if _is_seen(name) is seen}
-        names = [name for name in state if _is_seen(name) is seen]  # in the order of the file, a disk's fastest
-        check_tensors({name: stand_in(state[name]) for name in names}, expected, what, advice, read=())
-        copies: dict[str, torch.Tensor] = {}
-        upcoming = None
-        for name, following in zip_longest(names, names[1:]):
-            values = values_of(state[name]) if upcoming is None else upcoming
-            bytes_read = values.nbytes
-            if mapped > SPARE * size and filled + mapped + bytes_read > size:
-                state, mapped = open_file(), 0
-                values = values_of(state[name])
-            # The next values are asked for before these are copied: safetensors has them read meanwhile.
-            upcoming = None if following is None else values_of(state[following])
-            copy = {name: values.to(expected[name].dtype, copy=True)}
-            copies |= check_tensors(copy, {name: expected[name]}, what, advice)  # which the cache still has
-            filled, mapped = filled + bytes_read, mapped + bytes_read
-        return copies, filled
-
-    changed = _changed(path)
-    copies, filled = read(clip.state_dict(), seen=True, filled=0)
-    clip.load_state_dict(copies, strict=False, assign=True)
-    has_text = False
-
-    def fill_text() -> None:
-        nonlocal has_text
-        if has_text:
-            return
-        if _changed(path) != changed:
-            msg = f"{what} have changed since the model was loaded, so its text tower cannot be read; load it again."
-            raise InputError(msg)
-        whole = architecture.build_empty(whole=True)
-        copies, _ = read(whole.state_dict(), seen=False, filled=filled)
-        for name, module in whole.named_children():
-            if name != "visual":
-                setattr(clip, name, module)
-        clip.load_state_dict(copies, strict=False, assign=True)
-        for module in clip.modules():
-            mask = getattr(module, MASK, None)
-            if isinstance(mask, torch.Tensor) and mask.is_meta:
-                setattr(module, MASK, torch.full(mask.shape, -torch.inf).triu_(1))  # causal, as open_clip makes it
-        has_text = True
-
-    return clip, fill_text
+    state, mapped, size = open_file(), 0, path.stat().st_size
+    expected = {name: tensor for name, tensor in expected.items() if _is_seen(name) is seen}
+    names = [name for name in state if _is_seen(name) is seen]  # in the order of the file, a disk's fastest
+    check_tensors({name: stand_in(state[name]) for name in names}, expected, what, advice, read=())
+    copies: dict[str, torch.Tensor] = {}
+    upcoming = None
+    for name, following in zip_longest(names, names[1:]):
+        values = values_of(state[name]) if upcoming is None else upcoming
+        bytes_read = values.nbytes
+        if mapped > SPARE * size and filled + mapped + bytes_read > size:
+            state, mapped = open_file(), 0
+            values = values_of(state[name])
+        # The next values are asked for before these are copied: safetensors has them read meanwhile.
+        upcoming = None if following is None else values_of(state[following])
+        copy = {name: values.to(expected[name].dtype, copy=True)}
+        copies |= check_tensors(copy, {name: expected[name]}, what, advice)  # which the cache still has
+        filled, mapped = filled + bytes_read, mapped + bytes_read
+    return copies, filled
 
 
 def fingerprint(module: nn.Module) -> str:

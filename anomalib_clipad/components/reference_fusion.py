@@ -60,9 +60,12 @@ class ReferenceFusion(Float32Buffers):
         units = [torch.var_mean(values.cpu().double(), correction=0) for values in (text_maps, reference_maps, logits)]
         variance, mean = (torch.stack(both) for both in zip(*units, strict=True))
         variance[2] += (1 - variance[2]) / (len(logits) + 1)
-        self.mean[number] = mean.float()
-        # A map that is flat on the references has no unit; rounding is not to become one.
-        self.std[number] = variance.sqrt().clamp(min=1e-6).float()
+        # A run in inference mode would leave tensors that cannot be used where gradients are on.
+        with torch.inference_mode(mode=False):
+            self.mean, self.std = self.mean.clone(), self.std.clone()
+            self.mean[number] = mean.float()
+            # A map that is flat on the references has no unit; rounding is not to become one.
+            self.std[number] = variance.sqrt().clamp(min=1e-6).float()
 
     def _load_from_state_dict(
         self,
