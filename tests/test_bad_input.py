@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from torch import nn
 
+from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.components import (
     DualPathVisionTransformer,
     GaussianSmoothing,
@@ -117,6 +119,14 @@ def test_wrong_images_are_refused_in_a_sentence(tower: DualPathVisionTransformer
         assert "image" in sentence
     with pytest.raises(InputError, match="normalised as CLIP expects, got torch.uint8"):
         tower(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_images_that_a_model_cannot_take_as_they_are_are_refused_in_a_sentence(small_clip: str) -> None:
+    model = ClipAdSdp(backbone=small_clip, class_name="cup")
+    wrong = [*WRONG, *(tensor for tensor in TENSORS if len(tensor.shape) != 4 or len(tensor)), np.zeros((1, 3, 40, 50))]
+    for sentence in refused(model, wrong):
+        assert sentence.startswith("Images must be a floating-point tensor (B, 3, height, width) in [0, 1], got")
+    assert model.eval()(torch.rand(1, 3, 40, 50)).anomaly_map.shape == (1, 32, 32)
 
 
 def test_wrong_image_sizes_are_refused_in_a_sentence(tower: DualPathVisionTransformer) -> None:

@@ -33,7 +33,7 @@ from anomalib_clipad.engine.normal_classes import NormalClassesMixin
 from anomalib_clipad.engine.original_size import OriginalMaps, OriginalSizeMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
-from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
+from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, check_images, clip_transform
 from anomalib_clipad.engine.product_batch import with_class
 from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
 from anomalib_clipad.engine.region import RegionMixin
@@ -256,6 +256,7 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
         """Score images as they are: (B, 3, height, width) in [0, 1], see :func:`with_class` for several classes."""
         del args, kwargs
+        check_images(batch)
         if not self.model.class_names:
             if not self._sizes:
                 self.find_size(None, (batch.shape[-2], batch.shape[-1]))
