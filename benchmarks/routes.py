@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from anomalib_clipad.components import load_backbone
 from anomalib_clipad.engine.export import OPSET
+from anomalib_clipad.engine.quantization import quantize_tower
 from anomalib_clipad.sdp import ClipAdSdpModel
 
 EAGER_LIMIT = 1.08  # times encode_image
@@ -175,13 +176,10 @@ def routes(model: ClipAdSdpModel, only_eager: bool, folder: Path) -> Iterator[tu
     yield "OpenVINO, float32", openvino_route(graph, "f32")
     yield "OpenVINO, bfloat16", openvino_route(graph, "bf16")
     if "nncf" not in missing:
-        import nncf
-
         say("choosing the ranges of INT8")
-        images = nncf.Dataset([torch.randn(1, 3, *model.image_size).numpy() for _ in range(IMAGES_FOR_INT8)])
-        kind = nncf.ModelType.TRANSFORMER
+        images = list(torch.randn(IMAGES_FOR_INT8, 3, *model.image_size).split(1))
         with redirect_stdout(sys.stderr):  # its progress, which is no part of the table
-            quantised = nncf.quantize(graph, images, model_type=kind, subset_size=IMAGES_FOR_INT8)
+            quantised = quantize_tower(graph, model.visual.visual.proj, images, IMAGES_FOR_INT8)
         # OpenVINO 2026.4 refuses the quantised graph of a free batch size.
         yield "OpenVINO, INT8", fixed_openvino_route(quantised, "f32")
 

@@ -62,7 +62,7 @@ def exported(
     engine.test(model, datamodule=folder(category))
     checkpoint = Path(engine.trainer.default_root_dir) / "weights/lightning/model.ckpt"
     kind_of_model = type(model)
-    once = type(kind_of_model.__name__, (OnceToOnnx, kind_of_model), {})
+    once = type(f"Once{kind_of_model.__name__}", (OnceToOnnx, kind_of_model), {})
     classes = {"torch": kind_of_model, "onnx": once, "openvino": once}
     written = [
         new_engine(root).export(cls(backbone=small_clip), kind, root / "files", ckpt_path=checkpoint)

@@ -9,17 +9,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 
+from anomalib_clipad.engine.quantization import OneByOne, quantize_tower
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import remove_abandoned
 
 if TYPE_CHECKING:
-    from openvino import Model, Node
+    from openvino import Model
 
 logger = logging.getLogger(__name__)
 
@@ -188,52 +188,12 @@ class WholeExportMixin(ExportMixin):
     def _post_training_quantization_ov(  # type: ignore[override]  # anomalib's knows no model
         self, model: "Model", datamodule: AnomalibDataModule | None = None
     ) -> "Model":
-        # anomalib's own does not say that this is a transformer, and what comes out then is noise.
-        import nncf
-
         if datamodule is None:  # refused by to_openvino
             msg = "datamodule is missing"
             raise TypeError(msg)
-
-        logger.info("Choosing the ranges of INT8 by images.")
         datamodule.setup("fit")
-        images = nncf.Dataset(datamodule.val_dataloader(), lambda batch: batch.image)
-        projection = cast("torch.Tensor", cast("Any", self.model).visual.visual.proj).detach().float().cpu().numpy()
-        # Distances from references are small differences, of which eight bits leave nothing.
-        precise = nncf.IgnoredScope(names=_beside_the_tower(model, projection), validate=False)
-        return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER, ignored_scope=precise)
-
-
-def _beside_the_tower(model: "Model", projection: np.ndarray) -> list[str]:
-    """Operations of a graph that no token goes through on its way to the joint embedding space.
-
-    Args:
-        model: The graph.
-        projection: (W, D) weight of the tower's last product.
-
-    Raises:
-        InputError: If the graph has no such product.
-    """
-    inside: set[str] = set()
-    waiting = [operation for operation in model.get_ordered_ops() if _multiplies_by(operation, projection)]
-    while waiting:
-        operation = waiting.pop()
-        if operation.get_friendly_name() not in inside:
-            inside.add(operation.get_friendly_name())
-            waiting += [one.get_source_output().get_node() for one in operation.inputs()]
-    if not inside:
-        msg = "INT8_PTQ is not possible: the vision tower cannot be told from the rest of the graph; use INT8 or FP16."
-        raise InputError(msg)
-    names = (operation.get_friendly_name() for operation in model.get_ordered_ops())
-    return [name for name in names if name not in inside]
-
-
-def _multiplies_by(operation: "Node", weight: np.ndarray) -> bool:
-    if operation.get_type_name() != "MatMul":
-        return False
-    given = [one.get_source_output().get_node() for one in operation.inputs()]
-    constants = [one.data for one in given if one.get_type_name() == "Constant"]
-    return any(np.array_equal(one, side) for one in constants for side in (weight, weight.T))
+        projection = cast("torch.Tensor", cast("Any", self.model).visual.visual.proj)
+        return quantize_tower(model, projection, OneByOne(datamodule.val_dataloader()))
 
 
 @contextmanager
