@@ -30,16 +30,26 @@ MODELS = ("ClipAdSdp", "ClipAdSdpPlus")
 
 
 class OnceToOnnx:
-    """Exports to ONNX once, which takes ten seconds: anomalib's export to OpenVINO begins with the same file."""
+    """Has models export to ONNX once, which takes ten seconds; anomalib's export to OpenVINO begins with the same file.
 
-    written: Path | None = None
+    Models are left of their class, since one of the same name would be one more model to the command line.
+    """
 
-    def to_onnx(self, export_root: Path, model_file_name: str = "model", input_size: object = None) -> Path:
-        assert input_size is None, "other files than before"
-        if self.written is None:
-            type(self).written = super().to_onnx(export_root, model_file_name)
-            return self.written
-        return Path(shutil.copy(self.written, Path(export_root) / f"{model_file_name}.onnx"))
+    def __init__(self, written: Path | None = None) -> None:
+        self.written = written
+
+    def __call__(self, model: ClipAdSdp) -> ClipAdSdp:
+        export = model.to_onnx
+
+        def to_onnx(export_root: Path, model_file_name: str = "model", input_size: object = None) -> Path:
+            assert input_size is None, "other files than before"
+            if self.written is None:
+                self.written = export(export_root, model_file_name)
+                return self.written
+            return Path(shutil.copy(self.written, Path(export_root) / f"{model_file_name}.onnx"))
+
+        model.to_onnx = to_onnx
+        return model
 
 
 class Exported(NamedTuple):
@@ -61,12 +71,10 @@ def exported(
     model = build_model(request.param, small_clip, root, visualizer=False)
     engine.test(model, datamodule=folder(category))
     checkpoint = Path(engine.trainer.default_root_dir) / "weights/lightning/model.ckpt"
-    kind_of_model = type(model)
-    once = type(f"Once{kind_of_model.__name__}", (OnceToOnnx, kind_of_model), {})
-    classes = {"torch": kind_of_model, "onnx": once, "openvino": once}
+    once = OnceToOnnx()
     written = [
-        new_engine(root).export(cls(backbone=small_clip), kind, root / "files", ckpt_path=checkpoint)
-        for kind, cls in classes.items()
+        new_engine(root).export(once(type(model)(backbone=small_clip)), kind, root / "files", ckpt_path=checkpoint)
+        for kind in ("torch", "onnx", "openvino")
     ]
     return Exported(model.eval(), checkpoint, *written)
 
@@ -219,7 +227,7 @@ def test_without_any_class_an_object_is_assumed_with_a_warning(
 def test_eight_bits_give_similar_maps_in_less_room(
     exported: Exported, small_clip: str, category: Path, tmp_path: Path
 ) -> None:
-    model = type("OnceClipAdSdp", (OnceToOnnx, ClipAdSdp), {"written": exported.onnx})(backbone=small_clip)
+    model = OnceToOnnx(exported.onnx)(ClipAdSdp(backbone=small_clip))
     kind = CompressionType.INT8_PTQ
     path = new_engine(tmp_path).export(model, "openvino", tmp_path, compression_type=kind, datamodule=folder(category))
     assert model.model.class_names == ("widget",), "the class comes with the data"

@@ -32,15 +32,11 @@ class Written(NamedTuple):
     openvino: Path
 
 
-class Once(OnceToOnnx, ClipAdSdp):
-    """Exports to ONNX once."""
-
-
 @pytest.fixture(scope="module")
 def written(small_clip: str, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
     root = tmp_path_factory.mktemp("extra")
     arguments = {"k_shot": 3, "false_alarm_rate": 0.2, "defects": WORDS, "extra_outputs": True}
-    model = Once("nut", small_clip, visualizer=False, **arguments)
+    model = OnceToOnnx()(ClipAdSdp("nut", small_clip, visualizer=False, **arguments))
     new_engine(root).validate(model, datamodule=folder(parts), verbose=False)
     predicted = new_engine(root).predict(model, datamodule=folder(parts))
     return Written(
