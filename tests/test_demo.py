@@ -182,7 +182,7 @@ def test_fewer_bits_give_the_same_figures(textures: Path, tmp_path: Path) -> Non
 
     def figures(precision: str) -> dict[str, float]:
         engine = new_engine(tmp_path, precision=precision)
-        model = ClipAdSdp(backbone="demo", visualizer=False)
+        model = ClipAdSdp(backbone="demo", visualizer=False, page=False)
         tests = [
             engine.test(model, datamodule=DemoTextures(textures, name, num_workers=0), verbose=False)[0]
             for name in CATEGORIES
@@ -198,7 +198,7 @@ def test_fewer_bits_give_the_same_figures(textures: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_eight_bits_keep_the_verdicts_of_references(textures: Path, tmp_path: Path) -> None:
     """Distances from references are small differences; in eight bits every good part was called anomalous."""
-    model = ClipAdSdp(backbone="demo", k_shot=4, false_alarm_rate=0.1, visualizer=False)
+    model = ClipAdSdp(backbone="demo", k_shot=4, false_alarm_rate=0.1, visualizer=False, page=False)
     data = DemoTextures(textures, "linen", num_workers=0)
     new_engine(tmp_path).validate(model, datamodule=data, verbose=False)
     path = model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ, datamodule=data)
