@@ -123,8 +123,7 @@ class WholeExportMixin(ExportMixin):
         export = super().to_onnx
 
         def traced(folder: Path) -> Path:
-            with torch.no_grad():  # torch replays the graph, and not all that a run has set can be differentiated
-                file = export(folder, model_file_name, input_size, **kwargs)
+            file = export(folder, model_file_name, input_size, **kwargs)
             self.describe(file)
             return file
 
