@@ -17,7 +17,7 @@ from anomalib_clipad import ClipAdSdp, InputError
 from anomalib_clipad.components import DefectName, region_weights
 from anomalib_clipad.components.defect_names import MARGIN
 
-from .conftest import folder, new_engine
+from .conftest import build_model, folder, new_engine
 from .test_export import FIELDS, OnceToOnnx, run_example, run_onnx, run_openvino
 
 WORDS = ["square", "big dent", "hole"]
@@ -36,7 +36,10 @@ class Written(NamedTuple):
 def written(small_clip: str, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
     root = tmp_path_factory.mktemp("extra")
     arguments = {"k_shot": 3, "false_alarm_rate": 0.2, "defects": WORDS, "extra_outputs": True}
-    model = OnceToOnnx()(ClipAdSdp("nut", small_clip, visualizer=False, **arguments))
+    # SDP+, whose layers have gradients: it is exported right after a run in inference mode.
+    model = OnceToOnnx()(
+        build_model("ClipAdSdpPlus", small_clip, root, class_name="nut", visualizer=False, **arguments)
+    )
     new_engine(root).validate(model, datamodule=folder(parts), verbose=False)
     predicted = new_engine(root).predict(model, datamodule=folder(parts))
     return Written(

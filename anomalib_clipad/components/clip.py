@@ -110,7 +110,6 @@ class LateTextTower:
         architecture: What it was built from.
         path: File of the weights.
         trusted: See :func:`load_clip`.
-        filled: Bytes that were read of the file.
 
     Example:
         >>> from copy import deepcopy
@@ -122,9 +121,10 @@ class LateTextTower:
         (False, True)
     """
 
-    def __init__(self, clip: nn.Module, architecture: Architecture, path: Path, trusted: bool, filled: int) -> None:
-        self.clip, self.architecture, self.path, self.trusted, self.filled = clip, architecture, path, trusted, filled
+    def __init__(self, clip: nn.Module, architecture: Architecture, path: Path, trusted: bool) -> None:
+        self.clip, self.architecture, self.path, self.trusted = clip, architecture, path, trusted
         self.changed = _changed(path)
+        self.filled = 0  # bytes that were read of the file for the vision tower
         self.has_text = False
 
     def __call__(self) -> None:
@@ -173,7 +173,7 @@ def load_clip(architecture: Architecture, path: Path, trusted: bool = False) -> 
         InputError: If the file cannot be read or does not fit; the text tower's tensors are not looked at.
     """
     clip = architecture.build_empty(whole=False)
-    text_tower = LateTextTower(clip, architecture, path, trusted, filled=0)
+    text_tower = LateTextTower(clip, architecture, path, trusted)
     copies, text_tower.filled = _read(clip, path, trusted, clip.state_dict(), seen=True, filled=0)
     clip.load_state_dict(copies, strict=False, assign=True)
     return clip, text_tower

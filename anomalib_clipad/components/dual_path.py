@@ -36,6 +36,32 @@ class DualPathFeatures(NamedTuple):
     surgery: list[torch.Tensor]
 
 
+def check_images(images: object, wanted: str, channels: int = 3) -> None:
+    """Refuse what is no batch of images.
+
+    Args:
+        images: What was given.
+        wanted: What is said to be wanted.
+        channels: How many there are to be.
+
+    Raises:
+        InputError: If it is not a floating-point tensor (B, channels, H, W).
+
+    Example:
+        >>> check_images(torch.rand(1, 3, 40, 50), "Images must be a tensor")
+    """
+    if not isinstance(images, torch.Tensor):
+        found = f"a {type(images).__name__}"
+    elif images.ndim != 4 or images.shape[1] != channels:
+        found = f"shape {tuple(images.shape)}"
+    elif not images.is_floating_point():
+        found = f"{images.dtype}"
+    else:
+        return
+    msg = f"{wanted}, got {found}; convert them."
+    raise InputError(msg)
+
+
 class DualPathVisionTransformer(nn.Module):
     """Runs an open_clip vision tower along two paths at once, without changing the tower.
 
@@ -143,7 +169,9 @@ class DualPathVisionTransformer(nn.Module):
             Tokens of the surgery path, (B, N + 1, D), and of the original one, (B, N + 1, W) or, at the last block
             without ``with_original``, its class token alone.
         """
-        self._check_images(images)
+        channels = self.visual.conv1.in_channels
+        wanted = f"images must be a floating-point tensor (B, {channels}, H, W), normalised as CLIP expects"
+        check_images(images, wanted, channels)
         visual, last = self.visual, self.layers[-1]
 
         def tap(surgery: torch.Tensor, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,18 +194,6 @@ class DualPathVisionTransformer(nn.Module):
             del attended, surgery  # whose memory the feed-forward can use
             h = m + block.ls_2(_feed_forward(block, block.ln_2(m)))
         yield tap(s, h)  # the tower's last block has no next one
-
-    def _check_images(self, images: torch.Tensor) -> None:
-        wanted = f"images must be a floating-point tensor (B, {self.visual.conv1.in_channels}, H, W)"
-        if not isinstance(images, torch.Tensor):
-            msg = f"{wanted}, got a {type(images).__name__}."
-            raise InputError(msg)
-        if images.ndim != 4 or images.shape[1] != self.visual.conv1.in_channels:
-            msg = f"{wanted}, got shape {tuple(images.shape)}."
-            raise InputError(msg)
-        if not images.is_floating_point():
-            msg = f"{wanted}, normalised as CLIP expects, got {images.dtype}; scale to [0, 1] and normalise first."
-            raise InputError(msg)
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
         visual = self.visual

@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
@@ -192,7 +191,7 @@ class WholeExportMixin(ExportMixin):
             msg = "datamodule is missing"
             raise TypeError(msg)
         datamodule.setup("fit")
-        projection = cast("torch.Tensor", cast("Any", self.model).visual.visual.proj)
+        projection = cast("Any", self.model).visual.visual.proj
         return quantize_tower(model, projection, OneByOne(datamodule.val_dataloader()))
 
 

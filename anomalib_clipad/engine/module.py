@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 
 from anomalib_clipad.components import Scores
+from anomalib_clipad.components.dual_path import check_images
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
@@ -33,7 +34,7 @@ from anomalib_clipad.engine.normal_classes import NormalClassesMixin
 from anomalib_clipad.engine.original_size import OriginalMaps, OriginalSizeMixin
 from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
-from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, check_images, clip_transform
+from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
 from anomalib_clipad.engine.product_batch import with_class
 from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
 from anomalib_clipad.engine.region import RegionMixin
@@ -168,9 +169,8 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
     def on_validation_start(self) -> None:
         """Likewise, and make the folder where anomalib is to save a checkpoint."""
         self.prepare_classes()
-        trainer = cast("Any", self.trainer)
-        if trainer.checkpoint_callback is not None and not trainer.fast_dev_run:
-            link_latest(trainer)
+        if self.trainer.checkpoint_callback is not None:
+            link_latest(self.trainer)
 
     def prepare_classes(self) -> None:
         """Encode the prompts of the class at hand, and prepare what comes from normal images."""
@@ -254,9 +254,15 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
 
     @torch.no_grad()
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
-        """Score images as they are: (B, 3, height, width) in [0, 1], see :func:`with_class` for several classes."""
+        """Score images as they are: (B, 3, height, width) in [0, 1], see :func:`with_class` for several classes.
+
+        No gradients are recorded; for these call ``model``, the network itself.
+
+        Raises:
+            InputError: If it is no floating-point tensor of this shape.
+        """
         del args, kwargs
-        check_images(batch)
+        check_images(batch, "Images must be a floating-point tensor (B, 3, height, width) in [0, 1]")
         if not self.model.class_names:
             if not self._sizes:
                 self.find_size(None, (batch.shape[-2], batch.shape[-1]))

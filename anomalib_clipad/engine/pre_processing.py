@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
 
 from anomalib_clipad.components.resizing import bicubic_matrix
-from anomalib_clipad.errors import InputError
 
 
 def clip_transform(
@@ -30,24 +29,6 @@ def clip_transform(
     """
     resize = Resize(image_size, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return Compose([resize, Normalize(mean=mean, std=std)])
-
-
-def check_images(images: object) -> None:
-    """Refuse what a model cannot take as pictures.
-
-    Raises:
-        InputError: If it is not a floating-point tensor (B, 3, height, width).
-
-    Example:
-        >>> check_images(torch.rand(1, 3, 40, 50))
-    """
-    found = f"a {type(images).__name__}"
-    if isinstance(images, torch.Tensor):
-        if images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point():
-            return
-        found = f"shape {tuple(images.shape)} in {images.dtype}"
-    msg = f"Images must be a floating-point tensor (B, 3, height, width) in [0, 1], got {found}; convert them."
-    raise InputError(msg)
 
 
 class ClipAdPreProcessor(PreProcessor):
