@@ -2,42 +2,33 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from anomalib.data import AnomalibDataModule
-from anomalib.models.components import AnomalibModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_clipad.components.image_size import AUTO
 from anomalib_clipad.data.picture_shape import picture_shape
 from anomalib_clipad.data.readable import ReadableDataset
 from anomalib_clipad.engine.checkpoint_parts import damaged
+from anomalib_clipad.engine.classes import ClassesMixin
 from anomalib_clipad.engine.host import datamodule_of, datasets_in, datasets_of
-from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
 from anomalib_clipad.errors import InputError
-
-if TYPE_CHECKING:
-    _Module = AnomalibModule
-else:
-    _Module = object  # anomalib takes every direct subclass of its module for a model
 
 logger = logging.getLogger(__name__)
 
 TRAINING: tuple[str, ...] = ()  # in place of classes; of a checkpoint, too
 
 
-class AutomaticSizeMixin(_Module):
+class AutomaticSizeMixin(ClassesMixin):
     """Finds the size of the input before any image is read; its user calls :meth:`adopt_size` in its constructor.
 
     A size belongs to a class, as thresholds and references do: it is found once, and kept in checkpoints and exports.
     """
 
-    model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
-    restored: bool
     automatic_size: bool
     _sizes: dict[tuple[str, ...], tuple[int, int]]  # those that were found, by the classes of a run
-    _normal_key: object
 
     def adopt_size(self, image_size: object) -> None:
         """Take over the argument.
@@ -50,14 +41,6 @@ class AutomaticSizeMixin(_Module):
         if self.automatic_size and not isinstance(self.pre_processor, ClipAdPreProcessor):
             msg = f"image_size {AUTO} belongs to the default pre-processor; leave pre_processor at its default."
             raise InputError(msg)
-
-    def classes_at_hand(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
-        """Names of the classes that the next run is about; for the models to fill."""
-        raise NotImplementedError
-
-    def leave_class(self) -> None:
-        """Keep what was measured on the present class, and have none; for the models to fill."""
-        raise NotImplementedError
 
     def setup(self, stage: str) -> None:
         """Find the size. A data module, which is set up before, then asks again for the resize."""

@@ -1,86 +1,33 @@
 """Checkpoints of a zero-shot CLIP model: everything but the CLIP, which comes from its own weights."""
 
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
-from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from anomalib_clipad.components import PromptEnsemble, fingerprint
+from anomalib_clipad.engine.checkpoint_file import UNREADABLE, check_is_checkpoint, unreadable
 from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
 from anomalib_clipad.engine.checkpoint_state import EXTRA_STATE, as_written_today, check_state
-from anomalib_clipad.engine.network import ZeroShotNetwork
+from anomalib_clipad.engine.classes import ClassesMixin
 from anomalib_clipad.engine.products import Products
 from anomalib_clipad.errors import InputError
-
-if TYPE_CHECKING:
-    _Module = AnomalibModule
-else:
-    _Module = object  # anomalib takes every direct subclass of its module for a model
 
 IDENTITY = "clip_ad"  # key of our part of a checkpoint
 # Not saved: CLIP comes from its own weights, the metrics from the arguments.
 NOT_SAVED = ("model.visual.", "evaluator.")
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, UnpicklingError)
 
 
-class CheckedCheckpointIO(AnomalibCheckpointIO):
-    """anomalib's reader of checkpoints, for files that may be damaged or of another kind.
-
-    Example:
-        >>> CheckedCheckpointIO().load_checkpoint("missing.ckpt")
-        Traceback (most recent call last):
-        ...
-        anomalib_clipad.errors.InputError: ckpt_path missing.ckpt does not exist; give the model.ckpt that ...
-    """
-
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - anomalib's
-        """Read a checkpoint.
-
-        Raises:
-            InputError: If it cannot be read.
-        """
-        check_is_checkpoint(path)
-        try:
-            content = super().load_checkpoint(path, *args, **kwargs)
-        except UNREADABLE as error:
-            raise InputError(_damaged(path, error)) from error
-        if not isinstance(content, Mapping):
-            msg = f"ckpt_path {path} holds a {type(content).__name__}; give a checkpoint of this model."
-            raise InputError(msg)
-        check_parts(content)
-        return content
-
-
-def check_is_checkpoint(path: str | Path) -> None:
-    """Refuse a file that is no checkpoint.
-
-    Raises:
-        InputError: If the file is missing or of another kind.
-    """
-    path = Path(path)
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        what = "is not a checkpoint" if path.exists() else "does not exist"
-        msg = f"ckpt_path {path} {what}; give the model.ckpt that a test run of this model wrote."
-        raise InputError(msg)
-
-
-class CheckpointMixin(_Module):
+class CheckpointMixin(ClassesMixin):
     """Saves and restores a model without its CLIP; see :class:`anomalib_clipad.engine.module.ZeroShotMixin`."""
 
-    model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     fingerprint: str  # of the CLIP's weights as they were loaded, before any change of precision
-    restored: bool = False  # whether text vectors and thresholds came with a checkpoint
     automatic_size: bool
-    class_name: str | Sequence[str] | Mapping[str, str] | None
 
     def restore_size(self, identity: Mapping[str, Any]) -> None:
         """Take over the size of the input; for the models to fill."""
@@ -119,7 +66,7 @@ class CheckpointMixin(_Module):
         except InputError:
             raise
         except UNREADABLE as error:
-            raise InputError(_damaged(checkpoint_path, error)) from error
+            raise InputError(unreadable(checkpoint_path, error)) from error
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as torch has it
         """Load a state dict, also one without the CLIP, as checkpoints have it."""
@@ -215,8 +162,3 @@ class CheckpointMixin(_Module):
             if found and set(found) != set(own):
                 problem = f"has other values than {component.state_key}"
                 raise damaged(problem)
-
-
-def _damaged(path: str | Path, error: BaseException) -> str:
-    # Not torch's own words, which advise to load the file without protection.
-    return f"ckpt_path {path} cannot be read ({type(error).__name__}); it is damaged, or of another program."

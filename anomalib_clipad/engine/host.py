@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from anomalib_clipad.data.readable import ReadableDataLoader
-from anomalib_clipad.engine.checkpoint import CheckedCheckpointIO
+from anomalib_clipad.engine.checkpoint_file import CheckedCheckpointIO
 from anomalib_clipad.engine.precision import warn_of_slow_precision
 
 LOOPS = {

@@ -24,7 +24,6 @@ from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.engine.automatic_size import AutomaticSizeMixin
 from anomalib_clipad.engine.checkpoint import CheckpointMixin
-from anomalib_clipad.engine.class_pools import check_post_processor
 from anomalib_clipad.engine.defect_naming import DefectNaming
 from anomalib_clipad.engine.extra_outputs import Answer, ExtraOutputsMixin
 from anomalib_clipad.engine.host import RunGuard, datamodule_of, drop_components_of_other_models
@@ -36,7 +35,6 @@ from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
 from anomalib_clipad.engine.product_batch import with_class
-from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
 from anomalib_clipad.engine.region import RegionMixin
 from anomalib_clipad.engine.run_folder import RunFolder, check_root, images_of, link_latest
 from anomalib_clipad.engine.scored_batches import warn_of_not_finite
@@ -62,13 +60,10 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
     ExtraOutputsMixin,
     _Module,
 ):
-    """Class names and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
+    """Components, arguments and steps of a zero-shot CLIP model; its user calls :meth:`adopt` in its constructor."""
 
-    class_name: str | Sequence[str] | Mapping[str, str] | None
     table: PredictionTable | None  # None for no table
     page: PageWriter | None  # None for no page
-    # Score ranges, references and thresholds of classes that were set before, for when they are set again.
-    _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]] | None]]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -131,16 +126,10 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         """Take over the network, and the arguments as the user gave them."""
         self.model = network
         self.table, self.page = PredictionTable(), PageWriter() if page else None
-        self.class_name = class_name
+        self.adopt_classes(class_name)
         self.adopt_size(self.hparams.get("image_size"))
         self.adopt_single_pass(single_pass)
         self.adopt_normal(k_shot, few_shot_source, false_alarm_rate, augment_references)
-        self._blank = _copy(self._thresholds().state_dict())
-        self._statistics = {}
-        for name in (class_name,) if isinstance(class_name, str) else self.products.names:
-            network.prompts.prompts(name)  # refuses an empty name
-        if self.products.several:
-            check_post_processor(self.post_processor)
         self.identify(network.visual)
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
@@ -191,66 +180,6 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         self.find_size(datamodule)
         self.choose_class(*self._names(datamodule))
         self.prepare_normal_images(datamodule)
-
-    @property
-    def products(self) -> Products:
-        """What ``class_name`` says."""
-        return Products(self.class_name)
-
-    def _names(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
-        return self.products.names or class_of(datamodule)
-
-    def classes_at_hand(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
-        """The argument's classes, else the data's, else those that were used last."""
-        return self._names(datamodule) or self.model.class_names or (FALLBACK_CLASS,)
-
-    def leave_class(self) -> None:
-        """Keep what was measured on the present class for its return, and have none."""
-        network = self.model
-        if network.class_names:
-            states = [_copy(module.state_dict()) for module in self._calibrated()]
-            self._statistics[network.class_names] = (self._normal_key, states)
-            network.forget_classes()
-
-    def choose_class(self, *names: str) -> None:
-        """Encode the prompts of classes, unless a checkpoint has brought their text vectors."""
-        network = self.model
-        if self.restored:
-            known = set(names) <= set(network.class_names)
-            if not known or (1 < len(names) < len(network.class_names) and self.products.folders is None):
-                logger.warning(
-                    "The checkpoint's class %s is used, not %s; leave the checkpoint out to use that.",
-                    ", ".join(map(repr, network.class_names)),
-                    ", ".join(map(repr, names)),
-                )
-            network.name_as_asked()
-            return
-        if not names and not network.class_names:
-            logger.warning(
-                "No class name is known, so the images are taken for an %r; "
-                "set class_name to what they show for better results.",
-                FALLBACK_CLASS,
-            )
-            names = (FALLBACK_CLASS,)
-        if names and network.class_names != names:
-            self.leave_class()
-            network.set_classes(names, choose=len(names) > 1)
-            self._normal_key, states = self._statistics.get(names, (None, None))
-            if states is None:
-                self._thresholds().load_state_dict(self._blank)
-                return
-            for module, state in zip(self._calibrated(), states, strict=True):
-                module.load_state_dict(state)
-
-    def _calibrated(self) -> list[nn.Module]:
-        """What holds statistics of the classes at hand."""
-        network = self.model
-        references = (network.references, network.tile_references, network.reference_fusion)
-        modules = (network.fusion, *references, network.defect_names.baseline, self._thresholds())
-        return [module for module in modules if isinstance(module, nn.Module)]
-
-    def _thresholds(self) -> nn.Module:
-        return self.post_processor if isinstance(self.post_processor, nn.Module) else nn.Identity()
 
     @torch.no_grad()
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:  # noqa: ANN401 - anomalib's
@@ -321,7 +250,3 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         numbers = [0] * batch.batch_size if batch.class_index is None else batch.class_index.tolist()
         batch.class_name = [self.model.class_names[number] for number in numbers]
         warn_of_not_finite(batch)
-
-
-def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in state.items()}

@@ -23,11 +23,6 @@ class NormalClassesMixin(NormalImagesMixin):
     training split is of the class that the mapping says, or that the network chooses.
     """
 
-    @property
-    def products(self) -> Products:
-        """What ``class_name`` says; for the models to fill."""
-        raise NotImplementedError
-
     def _take(self, references: NormalImages, others: NormalImages, post_processor: ClipAdPostProcessor | None) -> None:
         names = self.model.class_names
         if len(names) < 2:

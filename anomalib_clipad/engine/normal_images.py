@@ -7,27 +7,21 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageItem
 from anomalib.data.utils import get_image_filenames, read_image
-from anomalib.models.components import AnomalibModule
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from anomalib_clipad.components import Scores
 from anomalib_clipad.components.conformal import check_rate
 from anomalib_clipad.data.readable import ReadableDataset
-from anomalib_clipad.engine.network import ZeroShotNetwork
+from anomalib_clipad.engine.classes import ClassesMixin
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.errors import InputError, check_flag
-
-if TYPE_CHECKING:
-    _Module = AnomalibModule
-else:
-    _Module = object  # anomalib takes every direct subclass of its module for a model
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +108,12 @@ class _Files(Dataset):
         return ImageItem(image=read_image(path, as_tensor=True), image_path=path)
 
 
-class NormalImagesMixin(_Module):
+class NormalImagesMixin(ClassesMixin):
     """References and thresholds from normal images; its user calls :meth:`adopt_normal` in its constructor."""
 
-    model: ZeroShotNetwork  # type: ignore[assignment]  # a module that satisfies the protocol
     k_shot: int
     few_shot_source: str | Path | None
     augment_references: bool
-    restored: bool
-    # What the present references and thresholds were made from; nothing where they were not made here.
-    _normal_key: object = None
 
     def adopt_normal(
         self, k_shot: int, few_shot_source: str | Path | None, false_alarm_rate: float | None, augment_references: bool
