@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageItem
-from anomalib.data.utils import get_image_filenames, read_image
+from anomalib.data.utils import read_image
+from anomalib.data.utils.image import get_image_filename, get_image_filenames_from_dir
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -56,10 +57,12 @@ class NormalImages:
         Raises:
             InputError: If there is no folder, or no image in it.
         """
+        source = Path(folder).resolve()
         try:
-            paths = get_image_filenames(folder)
+            # Not get_image_filenames, which refuses every letter beyond ASCII.
+            paths = [get_image_filename(source)] if source.is_file() else get_image_filenames_from_dir(source)
         except (OSError, ValueError) as error:
-            what = "has no images" if Path(folder).is_dir() else "does not exist"
+            what = "has no images" if source.is_dir() else "does not exist"
             msg = f"few_shot_source {folder} {what}; give a folder of normal images."
             raise InputError(msg) from error
         return cls([str(path) for path in paths], transform)
