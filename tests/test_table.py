@@ -1,6 +1,8 @@
 """The table that test and predict leave: a row an image, written as it comes."""
 
+import errno
 import logging
+import os
 import signal
 import time
 from pathlib import Path
@@ -148,6 +150,23 @@ def test_a_run_before_any_training_does_not_stand_in_its_way(small_clip: str, ca
     tables = sorted(path.relative_to(versions).as_posix() for path in versions.glob("v*/test/v*/predictions.csv"))
     assert tables == [f"{run}/predictions.csv" for run in ("v0/test/v0", "v1/test/v0", "v1/test/v1")]
     assert (versions / "latest/weights/lightning/model.ckpt").samefile(versions / "v1/weights/lightning/model.ckpt")
+
+
+def test_results_are_kept_where_the_file_system_has_no_links(
+    small_clip: str, category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as on a memory card
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    model = ClipAdSdp("cup", small_clip, **BARE)
+    for _ in range(2):
+        new_engine(tmp_path).test(model, datamodule=folder(category))
+    latest = tmp_path / "results/ClipAdSdp/widget/latest"
+    assert not latest.is_symlink()
+    tables = sorted(path.relative_to(latest).as_posix() for path in latest.rglob("predictions.csv"))
+    assert tables == ["test/v0/predictions.csv", "test/v1/predictions.csv"]
+    assert sorted(path.name for path in (latest / "test").iterdir()) == ["v0", "v1"]
 
 
 def test_names_with_commas_quotes_and_line_breaks_stay_whole(small_clip: str, tmp_path: Path) -> None:

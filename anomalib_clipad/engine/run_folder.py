@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, cast
 
 from anomalib.utils.path import create_versioned_dir
@@ -22,10 +22,10 @@ HEATMAPS, MASKS = "heatmaps", "masks"  # likewise, of heatmaps and masks in the 
 class RunFolder(Callback):
     """Makes a run's folder when it begins, in that of the trainer: ``test/v0``, ``test/v1``, or ``predict/v0``.
 
-    A link ``latest`` beside them points to the newest. The first process makes the folder, all processes know it, and
-    nothing is made for a run that keeps no results. The model puts this callback before all that write into the folder;
-    they ask :func:`run_folder` for it when an epoch starts. That is behind the model's own start, so a run that cannot
-    begin leaves no folder.
+    A link ``latest`` beside them points to the newest, where the file system has links. The first process makes the
+    folder, all processes know it, and nothing is made for a run that keeps no results. The model puts this callback
+    before all that write into the folder; they ask :func:`run_folder` for it when an epoch starts. That is behind the
+    model's own start, so a run that cannot begin leaves no folder.
 
     Example:
         >>> RunFolder().path is None
@@ -143,7 +143,8 @@ def link_latest(trainer: Trainer) -> None:
     """Make the folder ``latest`` of a run before any training as training does: a link to the first version.
 
     anomalib names it and leaves it to who writes first. Made as a folder, it would end a later fit, which puts a link
-    in its place. On Windows it stays a folder, since anomalib does not write through links there.
+    in its place. It stays a folder on Windows, since anomalib does not write through links there, and where the file
+    system has no links, as network shares and memory cards may not.
 
     Args:
         trainer: The run's.
@@ -160,7 +161,8 @@ def link_latest(trainer: Trainer) -> None:
     if root.name != "latest" or root.exists() or not trainer.is_global_zero or os.name == "nt":
         return
     with writing(root), suppress(FileExistsError, IsADirectoryError):  # another run makes it at this moment
-        create_versioned_dir(root.parent)
+        if _has_links(root.parent):
+            create_versioned_dir(root.parent)
 
 
 def check_root(trainer: Trainer) -> None:
@@ -212,11 +214,37 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(msg) from error
 
 
+def _has_links(folder: Path) -> bool:
+    if os.name == "nt":
+        return True  # anomalib has other means there
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".") as name:
+        try:
+            (Path(name) / "link").symlink_to(name)
+        except OSError:
+            return False
+    return True
+
+
 def _new_folder(root: Path) -> Path:
     with writing(root):
+        if not _has_links(root):
+            return _numbered_folder(root)
         for _ in range(ATTEMPTS - 1):
             try:
                 return create_versioned_dir(root)
             except (FileExistsError, FileNotFoundError):  # another run has taken the number, or the link
                 continue
         return create_versioned_dir(root)
+
+
+def _numbered_folder(root: Path) -> Path:
+    """As anomalib numbers them."""
+    number = 1 + max((int(path.name[1:]) for path in root.glob("v*") if path.name[1:].isdecimal()), default=-1)
+    while True:
+        try:
+            (folder := root / f"v{number}").mkdir()
+        except FileExistsError:  # another run has taken the number
+            number += 1
+        else:
+            return folder
