@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 # torch multiplies float32 by MKL, which on CPUs of AMD with AVX512 takes up to a quarter longer than oneDNN, whose
-# kernel torch has for torch.compile. With AVX2 only MKL was faster from four images on. Others were not measured.
+# kernel torch has for torch.compile. With AVX2 only, MKL was faster from four images on. Others were not measured.
 _CPU: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
 _AMD_AVX512 = "AMD" in str(_CPU.get("cpu_name")) and bool(_CPU.get("avx512_f"))
 _MKL = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()

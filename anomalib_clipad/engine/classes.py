@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class ClassesMixin(_Module):
-    """The class or the classes at hand; its user calls :meth:`adopt_classes` in its constructor.
+    """The class or the classes at hand; its user sets ``model`` and calls :meth:`adopt_classes`.
 
     Score ranges, references and thresholds of classes that are left are kept for when these are chosen again.
     """

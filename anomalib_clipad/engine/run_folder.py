@@ -215,6 +215,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _has_links(folder: Path) -> bool:
+    """Whether links can be made in a folder; by trying it, since systems name the failure differently."""
     if os.name == "nt":
         return True  # anomalib has other means there
     folder.mkdir(parents=True, exist_ok=True)
