@@ -1,6 +1,6 @@
 """All lines of the benchmarks of speed and memory in one run, each with its limit, in one table.
 
-python benchmarks/all.py                    # ViT-B-16-plus-240 with random weights, an hour on two quiet cores
+python benchmarks/all.py                    # ViT-B-16-plus-240 with random weights, 20 to 60 minutes on two quiet cores
 python benchmarks/all.py --backbone ViT-B-32 --batch-sizes 1 --only routes start
 """
 

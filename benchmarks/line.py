@@ -45,4 +45,5 @@ def machine() -> str:
     """What the figures were measured on."""
     available = torch.cpu.get_capabilities()
     kinds = ", ".join(kind for kind in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if available.get(kind))
-    return f"{platform.machine()} with {kinds}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    name = available.get("cpu_name")
+    return f"{platform.machine()} ({name}) with {kinds}, {torch.get_num_threads()} threads, torch {torch.__version__}"
