@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.verdict import Verdict, verdicts
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.run_folder import run_folder, skipped_images, writing
-from anomalib_clipad.engine.scored_batches import ScoredBatches, planes, side_by_side
+from anomalib_clipad.engine.scored_batches import Background, ScoredBatches, planes
 from anomalib_clipad.engine.shown_map import map_on_the_scale
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.page import (
@@ -42,8 +43,8 @@ MOST_IMAGES = 20_000  # on a page; a browser grows slow above, and each has a pi
 class PageWriter(ScoredBatches):
     """Writes ``report.html`` beside the table of predictions, with thumbnails and heatmaps of the images.
 
-    They are written batch by batch, the page at the end of the run, after Ctrl-C or an error with what there is. A run
-    that is killed leaves the table and the pictures, but no page.
+    The pictures of a batch are written while the next one is scored, the page at the end of the run, after Ctrl-C or an
+    error with what there is. A run that is killed leaves the table and the pictures, but no page.
 
     Args:
         most_images: How many images of a run get onto the page; the table has all of them.
@@ -56,6 +57,8 @@ class PageWriter(ScoredBatches):
     def __init__(self, most_images: int = MOST_IMAGES) -> None:
         self.most_images = most_images
         self._images: list[PageImage] = []
+        self._begun = 0  # of which pictures are written or being written
+        self._drawing: Background[PageImage] = Background()
         self._scored: list[str] = []  # also what is not on the page
         self._folder = Path()
         self._running = False
@@ -63,12 +66,13 @@ class PageWriter(ScoredBatches):
     def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Begin a page."""
         del model
-        self._images, self._scored, self._running = [], [], True
+        self._images, self._begun, self._scored, self._running = [], 0, [], True
+        self._drawing = Background()
         self._folder = run_folder(trainer)
 
     def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
         """Draw the images of a batch."""
-        room = self.most_images // trainer.world_size - len(self._images)
+        room = self.most_images // trainer.world_size - self._begun
         said = list(verdicts(batch, model, number))
         self._scored += [verdict.path for verdict in said]
         if room <= 0:
@@ -76,12 +80,13 @@ class PageWriter(ScoredBatches):
         maps = None if batch.anomaly_map is None else map_on_the_scale(batch, model)
         columns = planes(maps, len(said)), planes(batch.region, len(said)), _scores(batch, model), _raw_scores(batch)
         drawn = partial(_drawn, _name(model), self._folder, bool(batch.image_path))
-        with writing(self._folder / NAME):
-            self._images += side_by_side(drawn, said[:room], *columns)
+        self._begun += len(said[:room])
+        self._images += self._drawing.start(drawn, said[:room], *columns)
 
     def end(self, trainer: Trainer, model: LightningModule) -> None:
         """Join what several processes have drawn, and write the page."""
         folder = self._folder
+        self._images += self._drawing.wait()
         with writing(folder / NAME):
             if not trainer.is_global_zero:
                 content = {"scored": self._scored, "images": [asdict(image) for image in self._images]}
@@ -96,6 +101,8 @@ class PageWriter(ScoredBatches):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the page of what there is; the error itself is raised anyway."""
+        with suppress(Exception):  # that of the run matters
+            self._images += self._drawing.wait()
         if not self._running or not self._images or not trainer.is_global_zero:
             return
         why = "interrupted" if isinstance(exception, KeyboardInterrupt) else "ended by an error"
@@ -186,12 +193,14 @@ def _drawn(
     raw_score: str,
 ) -> PageImage:
     path = Path(verdict.path)
-    heat = None if anomaly_map is None else write_heat_layer(anomaly_map, path, folder)
+    with writing(folder / NAME):
+        heat = None if anomaly_map is None else write_heat_layer(anomaly_map, path, folder)
+        thumbnail = write_thumbnail(path, folder, region) if has_file else None
     return PageImage(
         path=verdict.path,
         category=verdict.class_name or "",
         truth=None if verdict.truth is None else int(verdict.truth),
         findings={model: Finding(score, raw_score, heat, verdict.p_value, verdict.explanation)},
-        thumbnail=write_thumbnail(path, folder, region) if has_file else None,
+        thumbnail=thumbnail,
         original=original_for_browsers(path, folder),
     )

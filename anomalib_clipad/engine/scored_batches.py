@@ -3,8 +3,8 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,48 @@ def side_by_side(call: Callable[..., T], *columns: Sequence[Any]) -> list[T]:
         return [call(*(column[0] for column in columns))]
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
         return list(threads.map(call, *columns))
+
+
+class Background(Generic[T]):
+    """Does for the images of a batch what a call does, while the next batch is read and scored.
+
+    No more than one batch is under way, so that few pictures are in memory.
+
+    Example:
+        >>> background = Background()
+        >>> background.start(pow, [2, 3], [3, 2])
+        []
+        >>> background.start(pow, [4], [2]), background.wait()
+        ([8, 9], [16])
+    """
+
+    def __init__(self) -> None:
+        self._under_way: Future[list[T]] | None = None
+
+    def start(self, call: Callable[..., T], *columns: Sequence[Any]) -> list[T]:
+        """Begin with a batch; see :func:`side_by_side`.
+
+        Returns:
+            What :meth:`wait` does, of the batch before.
+        """
+        before = self.wait()
+        thread = ThreadPoolExecutor(1)
+        self._under_way = thread.submit(side_by_side, call, *columns)
+        thread.shutdown(wait=False)  # it ends with the batch
+        return before
+
+    def wait(self) -> list[T]:
+        """Wait for the batch under way.
+
+        Returns:
+            What the call gave for each of its images, once; nothing where no batch is under way.
+
+        Raises:
+            Exception: Whatever the call raised.
+        """
+        found = [] if self._under_way is None else self._under_way.result()
+        self._under_way = None  # but not after an error or Ctrl-C, which wait again
+        return found
 
 
 class ScoredBatches(Callback):
