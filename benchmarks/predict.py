@@ -1,7 +1,8 @@
-"""Prediction in anomalib's engine without pictures, with and without the page, against reading the images alone.
+"""Prediction in anomalib's engine, without and with the page and pictures, against reading the images alone.
 
     python benchmarks/predict.py                                # 2048 PNG files of 900 x 900 pixels, on a GPU
     python benchmarks/predict.py --device cpu --pictures 64     # on a CPU the model takes longer than reading
+    python benchmarks/predict.py --device cpu --pictures 64 --batch-size 1 --workers 0     # as predict --data FOLDER
 
 The weights are random, which changes no figure.
 """
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.data import ReadableDataLoader
 from anomalib_clipad.engine.page import PageWriter
+from anomalib_clipad.engine.visualizer import ClipAdVisualizer
 
 DRAWN = 16  # further files are links to these; drawing takes a quarter of a second each
 
@@ -51,7 +53,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure all three."""
+    """Measure all four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="ViT-B-16-plus-240")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -91,8 +93,13 @@ def main() -> None:
             model.page = PageWriter()
             predict()
 
+        def predict_with_pictures() -> None:
+            model.visualizer = ClipAdVisualizer()
+            predict_with_page()
+
         predict()  # the first run starts CUDA, and the files are in memory then
         calls = {"reading alone": read, "prediction": predict, "prediction with page": predict_with_page}
+        calls["prediction with page and pictures"] = predict_with_pictures
         rates = {what: arguments.pictures / seconds(call) for what, call in calls.items()}
     device = torch.cuda.get_device_name() if gpu else "the CPU"
     print(

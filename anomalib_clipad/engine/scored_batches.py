@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -75,9 +76,11 @@ class Background(Generic[T]):
         Raises:
             Exception: Whatever the call raised.
         """
-        found = [] if self._under_way is None else self._under_way.result()
-        self._under_way = None  # but not after an error or Ctrl-C, which wait again
-        return found
+        if self._under_way is None:
+            return []
+        futures.wait([self._under_way])  # Ctrl-C leaves it under way
+        done, self._under_way = self._under_way, None
+        return done.result()
 
 
 class ScoredBatches(Callback):
