@@ -3,8 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -78,7 +77,7 @@ class Background(Generic[T]):
         """
         if self._under_way is None:
             return []
-        futures.wait([self._under_way])  # Ctrl-C leaves it under way
+        wait([self._under_way])  # Ctrl-C leaves it under way
         done, self._under_way = self._under_way, None
         return done.result()
 
