@@ -60,8 +60,13 @@ def test_gpu_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip:
 def test_prediction_benchmark_measures_the_cpu_too(run: Callable[..., str], small_clip: str) -> None:
     options = "--device cpu --pictures 70 --side 40 --batch-size 16 --workers 0"
     table = run("benchmarks/predict.py", "--backbone", small_clip, *options.split())
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[-3:]]
-    assert [what for what, *_ in rows] == ["reading alone", "prediction", "prediction with page"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[-4:]]
+    assert [what for what, *_ in rows] == [
+        "reading alone",
+        "prediction",
+        "prediction with page",
+        "prediction with page and pictures",
+    ]
     reading = float(rows[0][1])
     for _, rate, share in rows[1:]:
         assert 0 < float(rate) < reading
