@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 import time
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -248,6 +250,31 @@ def test_an_interrupted_run_leaves_a_page_of_what_it_has_done(
         )
     assert len(paths_of(page_of(engine))) == 4
     assert "the page has the images that were done" in page_of(engine).read_text()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_thumbnails_of_a_batch_are_made_while_the_next_one_is_scored(
+    batches: int, small_clip: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, met = threading.Event(), []
+
+    class Second(Callback):
+        def on_predict_batch_start(self, *arguments: object) -> None:
+            if arguments[-1] == 1:  # number of the batch
+                begun.set()
+                if batches == 1:
+                    raise KeyboardInterrupt
+
+    def late(*arguments: object) -> str | None:
+        met.append(begun.wait(20))
+        return write_thumbnail(*arguments)
+
+    monkeypatch.setattr("anomalib_clipad.engine.page.write_thumbnail", late)
+    engine = new_engine(tmp_path, callbacks=[Second()])
+    with pytest.raises(SystemExit) if batches == 1 else nullcontext():
+        engine.predict(ClipAdSdp("cup", small_clip, **BARE), data_path=image_folder, return_predictions=False)
+    assert met == [True] * batches
+    assert len(paths_of(page_of(engine))) == batches
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_part_of_a_page(

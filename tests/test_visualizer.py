@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from anomalib.visualization import ImageVisualizer
-from lightning.pytorch import Callback
 from PIL import Image
 
 from anomalib_clipad import ClipAdSdp, InputError
@@ -19,7 +17,7 @@ from anomalib_clipad.engine.run_folder import _new_folder
 from anomalib_clipad.engine.table import NAME
 from anomalib_clipad.engine.visualizer import ClipAdVisualizer
 from anomalib_clipad.pictures.heatmap import GROUND_TRUTH
-from anomalib_clipad.pictures.inspection import BADGES, inspection_picture
+from anomalib_clipad.pictures.inspection import BADGES
 from anomalib_clipad.pictures.names import LONGEST, PictureNames
 
 from .conftest import files, folder, limited_files, new_engine, pixels_of
@@ -135,34 +133,8 @@ def test_a_full_disk_while_drawing_is_one_sentence_and_leaves_whole_pictures(sma
     run = Path(engine.trainer.default_root_dir) / "predict/v0"
     assert beside_the_page(run) == ["images/0.png", NAME]
     Image.open(run / "images/0.png").load()
-    assert len(pd.read_csv(run / NAME)) == 2  # the score without a picture is not lost
+    assert len(pd.read_csv(run / NAME)) == 1
     assert not [callback for callback in engine.trainer.callbacks if isinstance(callback, ClipAdVisualizer)]
-
-
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_batch_is_drawn_while_the_next_one_is_scored(
-    interrupted: bool, small_clip: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scored, met = threading.Event(), []
-
-    class Second(Callback):
-        def on_predict_batch_start(self, *arguments: object) -> None:
-            if arguments[-1] == 1:  # number of the batch
-                scored.set()
-                if interrupted:
-                    raise KeyboardInterrupt
-
-    def drawn_late(*arguments: object) -> Image.Image:
-        met.append(scored.wait(20))
-        return inspection_picture(*arguments)
-
-    monkeypatch.setattr("anomalib_clipad.engine.visualizer.inspection_picture", drawn_late)
-    engine = new_engine(tmp_path, callbacks=[Second()])
-    with pytest.raises(SystemExit) if interrupted else nullcontext():
-        engine.predict(ClipAdSdp("cup", small_clip), data_path=image_folder)
-    assert met == ([True] if interrupted else [True, True])
-    pictures = sorted((Path(engine.trainer.default_root_dir) / "predict/v0/images").iterdir())
-    assert [path.name for path in pictures] == (["a.png"] if interrupted else ["a.png", "b.png"])
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(small_clip: str, image_folder: Path, tmp_path: Path) -> None:

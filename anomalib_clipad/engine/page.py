@@ -57,7 +57,6 @@ class PageWriter(ScoredBatches):
     def __init__(self, most_images: int = MOST_IMAGES) -> None:
         self.most_images = most_images
         self._images: list[PageImage] = []
-        self._begun = 0  # of which pictures are written or being written
         self._drawing: Background[PageImage] = Background()
         self._scored: list[str] = []  # also what is not on the page
         self._folder = Path()
@@ -66,13 +65,13 @@ class PageWriter(ScoredBatches):
     def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Begin a page."""
         del model
-        self._images, self._begun, self._scored, self._running = [], 0, [], True
+        self._images, self._scored, self._running = [], [], True
         self._drawing = Background()
         self._folder = run_folder(trainer)
 
     def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
         """Draw the images of a batch."""
-        room = self.most_images // trainer.world_size - self._begun
+        room = self.most_images // trainer.world_size - len(self._scored)
         said = list(verdicts(batch, model, number))
         self._scored += [verdict.path for verdict in said]
         if room <= 0:
@@ -80,7 +79,6 @@ class PageWriter(ScoredBatches):
         maps = None if batch.anomaly_map is None else map_on_the_scale(batch, model)
         columns = planes(maps, len(said)), planes(batch.region, len(said)), _scores(batch, model), _raw_scores(batch)
         drawn = partial(_drawn, _name(model), self._folder, bool(batch.image_path))
-        self._begun += len(said[:room])
         self._images += self._drawing.start(drawn, said[:room], *columns)
 
     def end(self, trainer: Trainer, model: LightningModule) -> None:

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import Normalize
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.verdict import Verdict, verdicts
 from anomalib_clipad.engine.run_folder import IMAGES, images_of, run_folder, writing
-from anomalib_clipad.engine.scored_batches import Background, ScoredBatches, planes
+from anomalib_clipad.engine.scored_batches import ScoredBatches, planes, side_by_side
 from anomalib_clipad.engine.shown_map import map_on_the_scale
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import write_atomically
@@ -33,8 +33,7 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
 
     Colours are those of :mod:`anomalib_clipad.pictures.heatmap`, the same for the same value in every picture of every
     run. A picture goes to ``images/`` in the folder of its run, under the image's own path below the folder that all
-    images of the run have in common; the batch keeps it as ``picture``, relative to the folder of the run. It is drawn
-    while the next batch is scored.
+    images of the run have in common; the batch keeps it as ``picture``, relative to the folder of the run.
 
     Args:
         longest_side: Pixels of the longest side of the image as it is drawn.
@@ -59,12 +58,10 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
             raise InputError(msg)
         self.longest_side = longest_side
         self._names = PictureNames([])
-        self._drawing: Background[None] = Background()
 
     def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Choose the names of the pictures."""
         del model
-        self._drawing = Background()
         self._names = PictureNames(list(images_of(trainer)))
 
     def on_scored(self, trainer: Trainer, model: LightningModule, batch: ZeroShotBatch, number: str) -> None:
@@ -77,21 +74,10 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
         maps = None if batch.anomaly_map is None else map_on_the_scale(batch, model)
         arrays = [planes(values, count) for values in (maps, batch.pred_mask, batch.gt_mask, batch.region)]
         draw = partial(self._draw, model, run_folder(trainer), threshold)
-        self._drawing.start(
+        side_by_side(
             draw, names, batch.image_path or [None] * count, list(cast("torch.Tensor", batch.image)), said, *arrays
         )
         batch.picture = list(map(str, names))
-
-    def end(self, trainer: Trainer, model: LightningModule) -> None:
-        """Have all pictures."""
-        del trainer, model
-        self._drawing.wait()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Have those of the batches that were done; the error itself is raised anyway."""
-        del trainer, pl_module, exception
-        with suppress(Exception):  # that of the run matters
-            self._drawing.wait()
 
     def _draw(
         self,
