@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,6 @@ def _tiny_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to reach a network fails the test."""
-    import socket
 
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("reached for the network")
@@ -52,9 +52,8 @@ def same_weights(clip: torch.nn.Module, seed: int = 3) -> bool:
 def test_weights_from_a_local_file(tmp_path: Path, name: str) -> None:
     state = make_clip(3).state_dict()
     if name == "training.pt":
-        torch.save(
-            {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / name
-        )
+        wrapped = {f"module.{key}": value for key, value in state.items()}
+        torch.save({"epoch": 3, "state_dict": wrapped}, tmp_path / name)
     elif name.endswith(".safetensors"):
         save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / name)
     else:
@@ -251,11 +250,7 @@ def test_a_missing_file_is_not_ignored(
 
 
 def torchscript(path: Path) -> None:
-    class Scripted(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    torch.jit.script(Scripted()).save(path)
+    torch.jit.script(torch.nn.Identity()).save(path)
 
 
 @pytest.mark.usefixtures("no_network")

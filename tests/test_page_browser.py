@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 
 from anomalib_clipad.page import Finding, PageImage, write_heat_layer, write_page, write_thumbnail
 
+from .browser import assert_judged, cards_of, choose, downloaded, enter, judge, number, show, shown, wait_for
 from .test_page import HOSTILE, many_images
 
 MODELS = ("SDP", "PatchCore")
@@ -69,40 +69,20 @@ def example(folder: Path) -> tuple[Path, list[PageImage]]:
     Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(picture)
     thumbnail, heat = write_thumbnail(picture, folder), write_heat_layer(rng.random((32, 32)), picture, folder)
     images = []
-    for number in range(24):
-        truth = number % 2
+    for place in range(24):
+        truth = place % 2
         scores = rng.normal(0.3 + 0.4 * truth, 0.3, 2)
-        if number == 5:
+        if place == 5:
             scores[0] = np.nan
-        name = NAMES[number] if number < len(NAMES) else f"part {number}"
+        name = NAMES[place] if place < len(NAMES) else f"part {place}"
         path = f"{name}.png" if name.startswith("=") else f"line/{name}.png"
         findings = {
             model: Finding(float(score), f"{score:.3g}", heat) for model, score in zip(MODELS, scores, strict=True)
         }
-        category, group = ("cup", "nut")[number % 3 == 0], ("good", "hole")[truth]
+        category, group = ("cup", "nut")[place % 3 == 0], ("good", "hole")[truth]
         images.append(PageImage(path, category, truth, findings, group, thumbnail, "picture.png"))
     metrics = pd.DataFrame({"model": [*MODELS, "SDP+"], "image AUROC": [0.9, 0.95, np.nan]})
     return write_page(folder, "Cups and nuts", images, notes=["A note."], metrics=metrics), images
-
-
-def shown(browser: Any) -> list[str]:
-    return [name.get_attribute("title") for name in browser.find_elements("css selector", ".card .name")]
-
-
-def number(browser: Any, name: str) -> int:
-    return int(browser.find_element("id", name).text)
-
-
-def choose(browser: Any, name: str, text: str) -> None:
-    browser.find_element("xpath", f'//*[@id="{name}"]/option[text()="{text}"]').click()
-
-
-def enter(browser: Any, name: str, text: str) -> None:
-    browser.find_element("id", name).send_keys("\ue009a\ue000", text or "\ue017")  # Ctrl+A, then text or Delete
-
-
-def show(browser: Any, kind: str) -> None:
-    browser.find_element("css selector", f'#kinds input[value="{kind}"]').click()
 
 
 def paths(images: Sequence[PageImage], test: Callable[[float, PageImage], bool], model: str = "SDP") -> set[str]:
@@ -235,34 +215,6 @@ def test_two_windows_of_a_page_keep_each_others_judgements(opened: Callable, bro
     browser.switch_to.window(first)
 
 
-def cards_of(browser: Any) -> list[Any]:
-    return browser.find_elements("class name", "card")
-
-
-def judge(browser: Any, path: str, judgement: str) -> None:
-    cards = {card.find_element("class name", "name").get_attribute("title"): card for card in cards_of(browser)}
-    next(b for b in cards[path].find_elements("css selector", ".judge button") if b.text == judgement).click()
-
-
-def assert_judged(browser: Any, words: str) -> None:
-    """The browser hands what is kept from one window, or one load of the page, to the next with a delay."""
-    deadline = time.monotonic() + 10
-    while (found := browser.find_element("id", "judgements").text) != words:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
-
-
-def downloaded(folder: Path) -> str:
-    """The browser makes an empty file of this name before it fills it."""
-    deadline = time.monotonic() + 10
-    while not (content := "".join(path.read_bytes().decode() for path in folder.glob("*.csv"))):
-        assert time.monotonic() < deadline, "no file came"
-        time.sleep(0.02)
-    for path in folder.iterdir():
-        path.unlink()
-    return content
-
-
 def test_names_are_text(opened: Callable, tmp_path: Path) -> None:
     page, images = example(tmp_path)
     browser = opened(page)  # an alert would make every further call fail
@@ -293,14 +245,6 @@ def test_an_image_is_enlarged_and_keys_lead_through_all(opened: Callable, tmp_pa
     assert not dialog.is_displayed()
     choose(browser, "judged", "NG")
     assert shown(browser) == [order[2]]
-
-
-def wait_for(parent: Any, selector: str) -> Any:
-    deadline = time.monotonic() + 10
-    while not (found := parent.find_elements("css selector", selector)):
-        assert time.monotonic() < deadline, selector
-        time.sleep(0.02)
-    return found[0]
 
 
 def test_metrics_are_sorted_by_a_click(opened: Callable, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import normalize, resize
 
 from anomalib_clipad.components import Scores, Tiling
-from anomalib_clipad.components.reference import neighbourhood_means
+from anomalib_clipad.components.neighbourhood import neighbourhood_means
 from anomalib_clipad.components.tiling import tile_positions
 from anomalib_clipad.demo.canvas import Style
 from anomalib_clipad.demo.defects import paint_defect

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import logging
 import platform
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,8 +38,6 @@ from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import remove_abandoned, slug
 from anomalib_clipad.pictures.text import printable
-
-logger = logging.getLogger(__name__)
 
 
 class CompareJob(Job):

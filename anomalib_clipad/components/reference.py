@@ -13,33 +13,12 @@ from torch.nn import functional as F
 from anomalib_clipad.components.coreset import coreset
 from anomalib_clipad.components.float32 import Float32Buffers
 from anomalib_clipad.components.linear import linear
+from anomalib_clipad.components.neighbourhood import neighbourhood_means
 from anomalib_clipad.errors import InputError
 
 MOST_PATCHES = 10_000  # of a bank, a tap; 44 images at 240 pixels
 NEAR = 2  # patches, in rows and columns, from which on a patch lies outside of another's 3 x 3 neighbourhood
 CHUNK = 1024  # patches of a bank compared at once, which bounds the memory
-
-
-def neighbourhood_means(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Mean of every patch and its up to eight neighbours, of unit length again; padding does not count.
-
-    Args:
-        patches: (B, N, W) unit vectors, row by row.
-        grid: Rows and columns of patches.
-
-    Returns:
-        (B, N, W) unit vectors.
-
-    Example:
-        >>> neighbourhood_means(torch.eye(2)[None], (1, 2))
-        tensor([[[0.7071, 0.7071],
-                 [0.7071, 0.7071]]])
-    """
-    rows, columns = (_near(side, patches) for side in grid)
-    # Two small matrix products leave the vectors where they lie; a sum of unit length is the mean of unit length.
-    sums = rows @ patches.unflatten(1, grid).flatten(2)  # (B, rows, columns * W)
-    sums = columns @ sums.unflatten(2, (grid[1], -1))  # (B, rows, columns, W)
-    return F.normalize(sums.flatten(1, 2), dim=-1)
 
 
 class ReferenceBank(Float32Buffers):
@@ -293,12 +272,6 @@ class ReferenceBank(Float32Buffers):
 def _grid_places(grid: tuple[int, int]) -> torch.Tensor:
     """(N, 2), rows and columns of a grid's patches."""
     return torch.cartesian_prod(*(torch.arange(side) for side in grid)).float()
-
-
-def _near(length: int, like: torch.Tensor) -> torch.Tensor:
-    """(length, length), 1 where two places of a line are the same or neighbours."""
-    places = torch.arange(length, device=like.device)
-    return ((places[:, None] - places).abs() <= 1).to(like.dtype)
 
 
 def _unit(tokens: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 Mixins and not a base class: anomalib lists and finds direct subclasses of ``AnomalibModule`` only.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     _Module = AnomalibModule
 else:
     _Module = object  # see above
-
-logger = logging.getLogger(__name__)
 
 
 class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argument

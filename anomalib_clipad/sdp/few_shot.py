@@ -63,8 +63,15 @@ class FewShotNetwork(ClassTextFeatures):
         return F.interpolate(patches, size=self.view_size, mode="bilinear", align_corners=False)[:, 0]
 
     def joined_scores(self, joined: ViewScores) -> Scores:
-        """One map and two scores; for the subclass to fill."""
-        raise NotImplementedError
+        """What was found in whole pictures and tiles, and joined, as one map and two scores."""
+        text_map, text, reference_map, evidence, class_index, offset = joined
+        if reference_map is None:
+            map_score = self.region.values(text_map).amax(dim=1)
+            return Scores(self.region.cut(text_map), text, map_score, evidence, class_index, offset)
+        text_units, reference_units = self.reference_fusion.units(text_map, reference_map, class_index)
+        map_score = self.reference_fusion.map_score(self.region.values(reference_units), math.prod(self.view_size))
+        offset = None if offset is None else self.reference_fusion.offset_units(offset, class_index)
+        return Scores(self.region.cut(text_units + reference_units), text, map_score, evidence, class_index, offset)
 
     def fuse(
         self, text_score: torch.Tensor, map_score: torch.Tensor, class_index: torch.Tensor | None = None

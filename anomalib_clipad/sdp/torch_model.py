@@ -56,10 +56,8 @@ class ClipAdSdpModel(FewShotNetwork):
         prompts: Prompt ensemble, see :meth:`anomalib_clipad.components.PromptEnsemble.from_config`.
         image_size: Side, or height and width, of the input in pixels; the tower's own by default. ``auto:2.5`` keeps
             the shape of pictures that are 2.5 times as wide as high, see :meth:`keep_shape`.
-        sigma: Standard deviation of the map's smoothing in pixels; by default 8 at 240 x 240 pixels, and in proportion
-            to the square root of the area.
-        tile_size: Side, or height and width, of tiles that images are cut into; none by default. See
-            :class:`anomalib_clipad.components.Tiling` and :meth:`scores`.
+        sigma: Standard deviation of the map's smoothing in pixels; by default 8/240 of the root of the input's area.
+        tile_size: Side, or height and width, of tiles that images are cut into, see :meth:`scores`; none by default.
         tile_overlap: Share of a tile that the next one covers, too, at least.
         tile_batch_size: Most tiles that go through the tower at once.
         region: What is looked at: path of a mask picture, whose white counts, or boxes [left, top, right, bottom] in
@@ -292,17 +290,6 @@ class ClipAdSdpModel(FewShotNetwork):
             if bank is None or not bank.fitted:
                 return seen
             return seen._replace(reference_map=self.enlarge_patches(bank(self.reference_tokens(features), class_index)))
-
-    def joined_scores(self, joined: ViewScores) -> Scores:
-        """What was found in whole pictures and tiles, and joined, as one map and two scores."""
-        text_map, text, reference_map, evidence, class_index, offset = joined
-        if reference_map is None:
-            map_score = self.region.values(text_map).amax(dim=1)
-            return Scores(self.region.cut(text_map), text, map_score, evidence, class_index, offset)
-        text_units, reference_units = self.reference_fusion.units(text_map, reference_map, class_index)
-        map_score = self.reference_fusion.map_score(self.region.values(reference_units), math.prod(self.view_size))
-        offset = None if offset is None else self.reference_fusion.offset_units(offset, class_index)
-        return Scores(self.region.cut(text_units + reference_units), text, map_score, evidence, class_index, offset)
 
     def map_before_smoothing(
         self, features: DualPathFeatures, text_features: torch.Tensor
