@@ -61,6 +61,14 @@ def read(path: str) -> np.ndarray:
         return np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)[None] / 255
 
 
+def judge(model: Model, name: str, pixels: np.ndarray) -> float:
+    """Score of a picture; one of a single colour is named, because its score says nothing."""
+    score = model(pixels)
+    if (pixels == pixels[..., :1, :1]).all():
+        print(f"{name} has one colour all over; look at the camera and the light.", file=sys.stderr)
+    return score
+
+
 def changes(folder: Path) -> dict[str, tuple[int, int]]:
     """Time of change and size of every picture, in the order of arrival."""
     found = {}
@@ -84,7 +92,7 @@ def of_folder(model: Model, folder: Path, new_only: bool, once: bool) -> Iterato
                 continue
             start = time.perf_counter()
             try:
-                score = model(read(path))
+                score = judge(model, path, read(path))
             except Exception as error:  # noqa: BLE001 - Pillow raises almost anything for a damaged picture
                 if now - first >= PATIENCE:
                     done[path] = change
@@ -109,8 +117,9 @@ def of_camera(model: Model, source: str) -> Iterator[tuple[str, float, float]]:
             msg = f"camera {source} gives no picture"
             raise OSError(msg)
         start, number = time.perf_counter(), number + 1
-        score = model(picture[None, ..., ::-1].transpose(0, 3, 1, 2).astype(np.float32) / 255)
-        yield f"camera {source}, picture {number}", score, time.perf_counter() - start
+        name = f"camera {source}, picture {number}"
+        score = judge(model, name, picture[None, ..., ::-1].transpose(0, 3, 1, 2).astype(np.float32) / 255)
+        yield name, score, time.perf_counter() - start
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -189,3 +189,17 @@ def test_an_image_with_invalid_exif_is_read(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         assert read(path) is not None
     assert "cannot be read" not in caplog.text
+
+
+@pytest.mark.parametrize("blank", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_an_image_of_one_colour_is_named(
+    mode: str, blank: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "dark.png"
+    image = Image.new(mode, (40, 30))
+    if not blank:
+        image.putpixel((39, 29), 1 if mode == "I;16" else (0, 0, 1))
+    image.save(path)
+    assert read(path) is not None
+    assert (f"{path} has one colour all over" in caplog.text) == blank

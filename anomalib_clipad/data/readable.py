@@ -245,7 +245,23 @@ def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
             transform = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
             pixels = ImageTensor(grey.expand(3, -1, -1))
             item.image = transform(pixels) if transform else pixels
+    if isinstance(item.image, torch.Tensor) and is_blank(item.image):
+        logger.warning("%s has one colour all over, so its score says nothing; look at the camera and the light.", path)
     return item
+
+
+def is_blank(pixels: torch.Tensor) -> bool:
+    """Whether an image has one colour all over, as from a camera that is covered or not connected.
+
+    Args:
+        pixels: (C, H, W).
+
+    Example:
+        >>> is_blank(torch.zeros(3, 2, 2)), is_blank(torch.eye(2).expand(3, 2, 2))
+        (True, False)
+    """
+    # Nearly every image shows it in its first row.
+    return all(bool((part == pixels[..., :1, :1]).all()) for part in (pixels[..., :1, :], pixels))
 
 
 def is_rotated(image: Image.Image, path: Path) -> bool:
