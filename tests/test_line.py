@@ -131,7 +131,7 @@ def test_pictures_that_are_there_are_judged_by_the_threshold_that_is_given(
         arguments = (exported["onnx"], incoming, "--once", "--threshold", threshold)
         outcomes[threshold] = run_line(*arguments, cwd=tmp_path)
         assert outcomes[threshold].returncode == 0, outcomes[threshold].stderr
-        assert not outcomes[threshold].stderr
+        assert "one colour" not in outcomes[threshold].stderr
     assert "3 images, 3 anomalous, 0 skipped" in outcomes["0"].stdout
     assert "3 images, 0 anomalous, 0 skipped" in outcomes["1"].stdout
     assert names(tmp_path / "line.csv") == ["9.png", "8.png", "7.png"] * 2, "by arrival; a second run adds its rows"
@@ -177,7 +177,8 @@ def test_a_cameras_pictures_are_judged(exported: dict[str, Path], model: ClipAdS
         cv2.imwrite(str(tmp_path / f"stills/{number}.png"), stored.read()[1])
     expected = engines_scores(model, tmp_path, tmp_path / "stills")
     assert [float(row["score"]) for row in judged] == pytest.approx([expected[f"{n}.png"] for n in range(3)], abs=1e-4)
-    named = [line.split(" has one colour all over")[0] for line in done.stderr.splitlines()[:-1]]
+    words = " has one colour all over"
+    named = [line.split(words)[0] for line in done.stderr.splitlines() if words in line]
     assert named == [row["path"] for row in judged], "as of a camera that is covered"
 
 
