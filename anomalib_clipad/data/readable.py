@@ -246,7 +246,7 @@ def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
             pixels = ImageTensor(grey.expand(3, -1, -1))
             item.image = transform(pixels) if transform else pixels
     if isinstance(item.image, torch.Tensor) and is_blank(item.image):
-        logger.warning("%s has one colour all over, so its score says nothing; look at the camera and the light.", path)
+        logger.warning("%s has one colour all over and shows no part; look at the camera and the light.", path)
     return item
 
 
