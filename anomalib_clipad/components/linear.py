@@ -5,8 +5,8 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 # torch multiplies float32 by MKL. oneDNN, whose kernel torch has for torch.compile, takes up to a quarter less on a CPU
-# of AMD with AVX512; on one of Intel a tenth less with one image, and up to a tenth more with four or eight. With AVX2
-# only, MKL was faster. The choice is the same for any number of images, because the last bits differ.
+# of AMD with AVX512; on one of Intel a tenth less with one image, and up to a seventh more with eight. With AVX2 only,
+# MKL was faster. The choice is the same for any number of images, because the last bits differ.
 # In bfloat16 torch itself runs oneDNN, after a copy of the bias, of which CPUs with AMX are spared here. Others were
 # not measured.
 _CPU: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
