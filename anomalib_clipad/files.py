@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 ABANDONED = 3600  # seconds without a change, after which a draft belongs to nobody
 LONGEST_NAME = 100  # characters; a file system takes 255 bytes, and endings are added
@@ -16,7 +17,7 @@ LONGEST_NAME = 100  # characters; a file system takes 255 bytes, and endings are
 def replacing(path: Path) -> Iterator[Path]:
     """Give a draft's path beside ``path``; when the block succeeds the draft takes its place, else it is removed.
 
-    Readers see the old file or the new one, whoever writes at the same time.
+    Readers see the old file or the new one, whoever writes at the same time: another thread, process or machine.
 
     Example:
         >>> with replacing(Path("table.csv")) as draft:
@@ -25,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         'a,b'
     """
     # The ending stays: some writers choose the format by it.
-    draft = path.with_name(f".{path.stem[:LONGEST_NAME]}.{os.getpid()}{path.suffix}")
+    draft = path.with_name(f".{path.stem[:LONGEST_NAME]}.{uuid4().hex[:12]}{path.suffix}")
     try:
         yield draft
         draft.replace(path)

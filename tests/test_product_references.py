@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from anomalib_clipad import ClipAdSdp
+from anomalib_clipad.engine.normal_images import NormalImages
 from anomalib_clipad.errors import InputError
 
 from .conftest import ROUNDING, build_model, folder, new_engine
@@ -91,6 +92,23 @@ def test_a_class_with_few_references_says_so_and_takes_those_of_all(
     assert torch.equal(first, second)
     with pytest.raises(InputError, match="No class has the 20 normal images that are wanted as references; give more"):
         new_engine(tmp_path).validate(ClipAdSdp(NAMES, small_clip, k_shot=20, **BARE), datamodule=folder(mixed))
+
+
+def test_a_broken_file_costs_no_reference_where_there_are_others(
+    small_clip: str, mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with one class, the next one that can be read takes its place, and is a reference only."""
+    source = shutil.copytree(mixed / "train/good", tmp_path / "good")
+    first = next(
+        path for path in NormalImages.of_folder(source, lambda image: image).paths if Path(path).parent.name == "n"
+    )
+    Path(first).write_bytes(b"no picture")
+    model = ClipAdSdp(FOLDERS, small_clip, k_shot=2, few_shot_source=source, false_alarm_rate=0.3, **BARE)
+    predict(model, tmp_path, mixed / "test/good")
+    assert "is compared with all classes'" not in caplog.text
+    assert caplog.text.count(f"Skipped {first}") == 1
+    assert model.model.references.counts.tolist() == [2 * PATCHES, 2 * PATCHES]
+    assert model.post_processor.of_class.normal_images == [8, 7]
 
 
 def test_folders_that_name_no_class_are_refused(

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import logging
 import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import open_clip
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.components import open_backbone
+from anomalib_clipad.components.text_cache import TextVectorCache
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.sdp import ClipAdSdpModel
 
@@ -199,3 +202,16 @@ def test_a_copy_of_a_model_reads_a_text_tower_of_its_own(
         maps.append(one.eval()(images).anomaly_map)
     assert torch.equal(maps[0], maps[1])
     assert torch.equal(maps[0], maps[2])
+
+
+def test_threads_that_start_at_once_keep_their_vectors(
+    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of a server; no draft of one is taken for another's."""
+    kept = TextVectorCache(folder / "open_clip_model.safetensors", SMALL_CONFIG)
+    vectors = torch.rand(2, 24)
+    with caplog.at_level(logging.INFO), ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: kept.write({"prompts": ["a nut"]}, vectors), range(400)))
+    assert "are not kept" not in caplog.text
+    assert torch.equal(kept.read({"prompts": ["a nut"]}), vectors)
+    assert [path.suffix for path in (cache / "text").iterdir()] == [".safetensors"]

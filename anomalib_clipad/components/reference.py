@@ -83,8 +83,8 @@ class ReferenceBank(Float32Buffers):
         """Take over the patches of several classes, one bank of them each."""
         self.counts = torch.tensor([len(bank.patches) for bank in banks], device=self.counts.device)
         self.patches = torch.cat([bank.patches for bank in banks])
-        coreset = any(len(bank.means) for bank in banks)
-        means = [bank.bank[1].transpose(0, 1).half() if coreset else bank.means for bank in banks]
+        some_chosen = any(len(bank.means) for bank in banks)
+        means = [bank.bank[1].transpose(0, 1).half() if some_chosen else bank.means for bank in banks]
         self.means = torch.cat(means)
         self._prepare()
 

@@ -1,8 +1,8 @@
 """Normal images of several classes: which class each is of, references and thresholds of each."""
 
 import logging
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -29,20 +29,17 @@ class NormalClassesMixin(NormalImagesMixin):
             super()._take(references, others, post_processor)
             return
         number_of = self._numbers(references, by_folder=bool(self.few_shot_source))
-        scored: list[Scores] = []
-        chosen: list[list[str]] = []
-        if self._wants_references:
-            of_classes = [[path for path in references.paths if number_of.get(path) == n] for n in range(len(names))]
-            chosen = [paths[: self.k_shot or len(paths)] for paths in of_classes]
-            scored += self._references(references, chosen)
+        of_classes = [[path for path in references.paths if number_of.get(path) == n] for n in range(len(names))]
+        streams = [references.some(paths).named() for paths in of_classes]
+        wanted = [min(len(paths), self.k_shot or len(paths)) if self._wants_references else 0 for paths in of_classes]
+        scored = self._references(streams, wanted) if self._wants_references else []
         if post_processor is None:
             return
         used = sum(len(scores.text_score) for scores in scored)
         if post_processor.false_alarm_rate is not None:
-            taken = {path for paths in chosen for path in paths}
-            rest = references.some([path for path in references.paths if path not in taken])
             number_of |= self._numbers(others, by_folder=False)
-            scored += [*self._score_named(rest, number_of), *self._score_named(others, number_of)]
+            total = len(references) - sum(wanted) + len(others)
+            scored += self._score_named(chain(*streams, others.named()), total, number_of)
         evidence = [scores.defect_evidence for scores in scored if scores.defect_evidence is not None]
         if evidence:
             classes = torch.cat([scores.class_index for scores in scored if scores.class_index is not None])
@@ -89,12 +86,13 @@ class NormalClassesMixin(NormalImagesMixin):
                     break
         return numbers
 
-    def _references(self, references: NormalImages, chosen: list[list[str]]) -> list[Scores]:
+    def _references(self, streams: Sequence[Iterator[tuple[str, torch.Tensor]]], most: Sequence[int]) -> list[Scores]:
+        """Take so many images off each class's stream as references."""
         names = self.model.class_names
-        if (total := sum(map(len, chosen))) > MOST_REFERENCES:
+        if (total := sum(most)) > MOST_REFERENCES:
             msg = f"{total} references are more than the {MOST_REFERENCES} possible; set k_shot to take fewer."
             raise InputError(msg)
-        images = [list(references.some(paths)) for paths in chosen]
+        images = [[image for _, image in islice(own, count)] for own, count in zip(streams, most, strict=True)]
         wanted = self.k_shot or 1
         few = [number for number, own in enumerate(images) if len(own) < wanted]
         if len(few) == len(names):
@@ -111,10 +109,11 @@ class NormalClassesMixin(NormalImagesMixin):
             batches = [self._batches(own) for own in images]
             return self.model.set_references_of_classes(batches, self.augment_references, few)
 
-    def _score_named(self, images: NormalImages, number_of: dict[str, int]) -> Iterator[Scores]:
+    def _score_named(
+        self, named: Iterator[tuple[str, torch.Tensor]], total: int, number_of: dict[str, int]
+    ) -> Iterator[Scores]:
         """Scores of images of known classes."""
-        named = images.named()
-        with self._bar("Scoring normal images", len(images)) as bar:
+        with self._bar("Scoring normal images", total) as bar:
             while batch := list(islice(named, BATCH)):
                 paths, pixels = zip(*batch, strict=True)
                 numbers = torch.tensor([number_of[path] for path in paths], device=self.device)
