@@ -65,6 +65,14 @@ def test_no_two_images_have_one_picture() -> None:
     assert not any(name.startswith(("/", "..")) for name in others)
 
 
+def test_images_whose_names_differ_in_case_alone_have_pictures_where_case_does_not_count() -> None:
+    paths = ["a/1.png", "a/1.PNG", "A/1.png", "a/2.jpg", "a/2.JPEG", "B/1.png"]
+    names = PictureNames(paths)
+    assert len({str(names(path)).casefold() for path in paths}) == len(paths)
+    assert str(names("B/1.png")) == "B/1.png.png"  # which no other is like
+    assert str(PictureNames(["a/1.png", "B/1.png"])("B/1.png")) == "B/1.png"
+
+
 def test_runs_that_begin_at_once_have_a_folder_each(tmp_path: Path) -> None:
     made: list[Path] = []
     ready = threading.Barrier(4)

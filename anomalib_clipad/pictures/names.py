@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -27,8 +28,12 @@ class PictureNames:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.folder = common_folder(paths)
+        images = set(paths)
+        # Case does not count on some file systems, such as network shares.
+        folded = Counter(path.casefold() for path in images)
+        self.alike = frozenset(path for path in images if folded[path.casefold()] > 1)
         # The ending goes where no two images differ in it alone.
-        self.by_stem = len({os.path.splitext(path)[0] for path in set(paths)}) == len(set(paths))  # noqa: PTH122
+        self.by_stem = len({os.path.splitext(path)[0] for path in folded}) == len(images)  # noqa: PTH122
         self.known = frozenset(paths if self.folder else ())
 
     def __call__(self, path: str) -> PurePosixPath:
@@ -38,6 +43,8 @@ class PictureNames:
             return PurePosixPath(*map(_part, inside.parts[:-1]), _part(f"{inside.name}.png"))
         inside = PurePosixPath(self.below(path))
         name = inside.stem if self.by_stem else inside.name
+        if path in self.alike:
+            name += f"-{_digest(path)}"
         return PurePosixPath(*map(_part, inside.parts[:-1]), _part(f"{name}.png"))
 
     def below(self, path: str) -> str:
