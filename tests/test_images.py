@@ -2,17 +2,20 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import ImageBatch, PredictDataset
 from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler
 
 from anomalib_clipad.data import ReadableDataLoader
 from anomalib_clipad.errors import InputError
+
+from .conftest import folder
 
 SHADES = np.linspace(0, 255, 32 * 24).reshape(24, 32).astype(np.uint8)
 SAVED: dict[str, tuple[Callable[[], Image.Image], dict[str, object]]] = {
@@ -93,6 +96,28 @@ def test_one_bad_byte_skips_only_its_image(
     batches = list(ReadableDataLoader(DataLoader(dataset, collate_fn=dataset.collate_fn)))
     assert sum(len(batch) for batch in batches) == 2
     assert f"{name}, which cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("data", ["pictures", "train_data", "test_data"])
+def test_an_image_alone_is_what_anomalib_makes_of_it_without_a_copy(
+    data: str, image_folder: Path, category: Path
+) -> None:
+    """Copies of a picture of 12 megapixels, twice, take a fifth of the time of a prediction."""
+    module = folder(category)
+    module.setup()
+    dataset = PredictDataset(image_folder) if data == "pictures" else getattr(module, data)
+    for index in range(len(dataset)):
+        item = dataset[index]
+        expected = ImageBatch.collate([dataset[index]])
+        found = ReadableDataLoader(DataLoader(dataset, collate_fn=dataset.collate_fn)).collate_fn([item])
+        for field in fields(expected):
+            ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+            assert type(ours) is type(theirs)
+            if isinstance(theirs, torch.Tensor):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            else:
+                assert ours == theirs
+        assert found.image.data_ptr() == item.image.data_ptr()
 
 
 def test_more_processes_than_images_is_one_sentence_in_each_of_them(image_folder: Path) -> None:

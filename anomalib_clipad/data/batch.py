@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
+from torch.utils.data import default_collate
 
 from anomalib_clipad.components.dual_path import DualPathFeatures
 
@@ -100,6 +101,18 @@ class ZeroShotBatch(ImageBatch):
         """The same batch with our fields; they are empty where it is one of anomalib's."""
         return batch if isinstance(batch, cls) else cls(**_shared(batch))
 
+    @classmethod
+    def of_one(cls, item: ImageItem) -> "ZeroShotBatch":
+        """What anomalib's ``collate`` makes of one image, which it copies twice: a sixth of a large picture's time.
+
+        Example:
+            >>> item = ImageItem(image=torch.zeros(3, 8, 8), image_path="a.png", gt_label=torch.tensor(1))
+            >>> batch = ZeroShotBatch.of_one(item)
+            >>> batch.image.shape, batch.image_path, batch.gt_label
+            (torch.Size([1, 3, 8, 8]), ['a.png'], tensor([True]))
+        """
+        return cls(**{name: _alone(value) for name, value in _shared(item).items() if value is not None})
+
     def pin_memory(self) -> "ZeroShotBatch":
         """The same batch, its pictures in memory that a GPU copies from by itself; torch's data loader asks for it."""
         if self.image is not None:
@@ -141,6 +154,10 @@ class ZeroShotBatch(ImageBatch):
 def _shared(of: ImageItem | ImageBatch) -> dict[str, Any]:
     """What anomalib's own class has a field for."""
     return {field.name: getattr(of, field.name) for field in fields(ImageItem)}
+
+
+def _alone(value: Any) -> Any:  # noqa: ANN401 - of the field's type
+    return value[None] if isinstance(value, torch.Tensor) else default_collate([value])
 
 
 def _stacked(values: list[torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from anomalib.data import Batch, DatasetItem, ImageBatch
+from anomalib.data import Batch, DatasetItem, ImageBatch, ImageItem
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -229,6 +229,8 @@ class _SkippingCollate:
 
     def __call__(self, items: list[DatasetItem | None]) -> Batch | None:
         readable = [item for item in items if item is not None]
+        if len(readable) == 1 and isinstance(readable[0], ImageItem) and self.collate == ImageBatch.collate:
+            return ZeroShotBatch.of_one(readable[0])
         batch = self.collate(readable) if readable else None
         # The fields that a zero-shot model fills; the evaluator reads them off the loader's batch.
         return ZeroShotBatch.of(batch) if isinstance(batch, ImageBatch) else batch
