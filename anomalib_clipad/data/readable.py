@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from torchvision.tv_tensors import Image as ImageTensor
 
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.read_ahead import read_ahead
 from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ class ReadableDataLoader(DataLoader):
             Lightning does outside prediction and which would count some images twice.
         pin_memory: Whether batches are for a GPU, so that it copies them while the host goes on; also where the loader
             itself was not made so, as anomalib makes most.
+        ahead: Whether pictures that take long to read may be read while others are scored, see
+            :mod:`anomalib_clipad.data.read_ahead`, where neither other processes read nor a GPU scores.
 
     Example:
         >>> from anomalib.data import PredictDataset
@@ -106,7 +109,9 @@ class ReadableDataLoader(DataLoader):
         (3, 2)
     """
 
-    def __init__(self, dataloader: DataLoader, each_once: bool = False, pin_memory: bool = False) -> None:
+    def __init__(
+        self, dataloader: DataLoader, each_once: bool = False, pin_memory: bool = False, ahead: bool = False
+    ) -> None:
         super().__init__(
             ReadableDataset(dataloader.dataset),  # type: ignore[arg-type]  # can_wrap: it is asked by number
             batch_sampler=_unrepeated(dataloader.batch_sampler) if each_once else dataloader.batch_sampler,
@@ -122,6 +127,7 @@ class ReadableDataLoader(DataLoader):
         )
         # A loader with a batch sampler has none of its own; anomalib's timer reports it.
         self.__dict__["batch_size"] = dataloader.batch_size
+        self.ahead = ahead and not self.num_workers and not self.pin_memory
 
     @staticmethod
     def can_wrap(dataloader: object) -> bool:
@@ -134,7 +140,8 @@ class ReadableDataLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names a class of its own for it
         """The batches of the readable images."""
-        return (batch for batch in super().__iter__() if batch is not None)
+        batches: Iterator[Batch | None] = super().__iter__()
+        return (batch for batch in (read_ahead(batches) if self.ahead else batches) if batch is not None)
 
 
 def _unrepeated(batches: Iterable[list[int]] | None) -> Iterable[list[int]] | None:

@@ -73,20 +73,20 @@ def _keep_callbacks(trainer: Trainer, wanted: Callable[[Callback], bool]) -> Non
 
 @contextmanager
 def readable_images(trainer: Trainer) -> Iterator[None]:
-    """Skip images that cannot be read, and give each image to one process.
+    """Skip images that cannot be read, give each image to one process, and read large ones ahead.
 
     Only a strategy of one's own could wrap the loaders that Lightning makes, and the strategy is the user's choice.
     """
     strategy = trainer.strategy
     process_dataloader = strategy.process_dataloader
-    # Not while fitting, where the processes wait for each other at every batch.
+    # Not while fitting, where the processes wait for each other at every batch, and reading may draw random numbers.
     each_once = trainer.state.fn != TrainerFn.FITTING
 
     def process(dataloader: object) -> object:
         loader = process_dataloader(dataloader)
         if not isinstance(loader, DataLoader) or not ReadableDataLoader.can_wrap(loader):
             return loader
-        return ReadableDataLoader(loader, each_once, pin_memory=strategy.root_device.type == "cuda")
+        return ReadableDataLoader(loader, each_once, strategy.root_device.type == "cuda", ahead=each_once)
 
     strategy.process_dataloader = process  # type: ignore[method-assign]  # for this run, see above
     try:
