@@ -8,6 +8,7 @@ from anomalib.data import ImageBatch, ImageItem, NumpyImageBatch, NumpyImageItem
 from torch.utils.data import default_collate
 
 from anomalib_clipad.components.dual_path import DualPathFeatures
+from anomalib_clipad.data.preview import Preview
 
 
 @dataclass
@@ -35,6 +36,7 @@ class ZeroShotItem(ImageItem):
     defect_truth: int | torch.Tensor | None = None
     class_name: str | None = None
     picture: str | None = None
+    preview: Preview | None = None
 
     @classmethod
     def of(cls, item: ImageItem) -> "ZeroShotItem":
@@ -67,6 +69,7 @@ class ZeroShotBatch(ImageBatch):
         defect_truth: (B,) likewise of the word that an anomalous image's folder is named by; -1 for any other image.
         class_name: Name of every image's class, as the model has taken it.
         picture: File of each image's picture, relative to the folder of the run.
+        preview: Small copy of each image, where one was made for those who draw it, until it is drawn.
         own_maps: Map of each image in its own size, where these are asked for.
         own_masks: Mask of each image in its own size, likewise.
 
@@ -93,6 +96,7 @@ class ZeroShotBatch(ImageBatch):
     defect_truth: torch.Tensor | None = None
     class_name: list[str] | None = None
     picture: list[str] | None = None
+    preview: list[Preview | None] | None = None
     own_maps: list[torch.Tensor] | None = None
     own_masks: list[torch.Tensor | None] | None = None
 

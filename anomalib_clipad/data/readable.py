@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from anomalib.data import Batch, DatasetItem, ImageBatch, ImageItem
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
@@ -17,64 +16,17 @@ from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchvision.tv_tensors import Image as ImageTensor
 
-from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.data.deep_pixels import DEEP, deep_pixels
+from anomalib_clipad.data.preview import Preview
 from anomalib_clipad.data.read_ahead import read_ahead
 from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-DEEP = (*SIXTEEN_BIT, "I", "F")  # Pillow's modes of one channel with more than 8 bits: unsigned, int32, float32
 EXIF_ORIENTATION = 0x0112
 ROTATED = range(2, 9)  # 1 is upright; others are not defined
 PNG_EXIF = (b"eXIf", b"Raw profile type exif")
-
-
-def scale_to_unit(pixels: np.ndarray, sixteen_bit: bool = False) -> np.ndarray:
-    """Bring the pixels of an image of one channel to [0, 1].
-
-    The file does not say where white is. It is taken to be at the end of the smallest usual range that holds the
-    brightest pixel: 1 for fractions, 255 for 8 bits, 65535 for 16 bits, then 2^17 - 1, 2^18 - 1 and so on. So a dark
-    image of more bits than it uses appears brighter than it was; save images with the bits that they have. Pixels
-    below 0 become 0. NaN stays, and the model names the image.
-
-    Args:
-        pixels: (H, W) numbers of any type.
-        sixteen_bit: Whether the file is known to have 16 bits, so that white is at 65535.
-
-    Returns:
-        (H, W) float32 in [0, 1].
-
-    Example:
-        >>> scale_to_unit(np.array([[0, 51, 255]], dtype=np.int32)).tolist()
-        [[0.0, 0.20000000298023224, 1.0]]
-        >>> scale_to_unit(np.array([[-0.5, 0.25, 1.0]], dtype=np.float32)).tolist()
-        [[0.0, 0.25, 1.0]]
-    """
-    finite = pixels[np.isfinite(pixels)]
-    brightest = float(finite.max()) if finite.size else 0.0
-    fractions = np.issubdtype(pixels.dtype, np.floating) and brightest <= 1
-    white = 1.0 if fractions else 255.0
-    if sixteen_bit or brightest > white:
-        white = 65535.0 if sixteen_bit or brightest <= 65535 else 2.0 ** np.ceil(np.log2(brightest + 1)) - 1
-    return np.clip(pixels.astype(np.float64) / white, 0, 1).astype(np.float32)
-
-
-def deep_pixels(image: Image.Image) -> np.ndarray:
-    """Pixels of an image of one channel with more than 8 bits, see :func:`scale_to_unit`.
-
-    Args:
-        image: Of one of the modes ``DEEP``, as it was opened.
-
-    Returns:
-        (H, W) float32 in [0, 1].
-
-    Example:
-        >>> deep_pixels(Image.fromarray(np.full((1, 2), 65535, dtype=np.uint16))).tolist()
-        [[1.0, 1.0]]
-    """
-    # A PNG has at most 16 bits, whichever mode Pillow opens it in.
-    return scale_to_unit(np.asarray(image), image.mode in SIXTEEN_BIT or image.format == "PNG")
 
 
 class _Indexed(Protocol):
@@ -88,8 +40,8 @@ class _Indexed(Protocol):
 class ReadableDataLoader(DataLoader):
     """A data loader that skips what cannot be read, with a warning that names the file.
 
-    Images of more than 8 bits are brought to [0, 1], see :func:`scale_to_unit`. Images stored rotated are scored as
-    stored, so that heatmap and picture agree, and named. An error that the files do not cause is raised as it is.
+    Images of more than 8 bits are brought to [0, 1], see :mod:`anomalib_clipad.data.deep_pixels`. Images stored rotated
+    are scored as stored, so that heatmap and picture agree, and named. An error that no file causes is raised as it is.
 
     Args:
         dataloader: A loader over one of anomalib's datasets, which is left as it is.
@@ -99,6 +51,8 @@ class ReadableDataLoader(DataLoader):
             itself was not made so, as anomalib makes most.
         ahead: Whether pictures that take long to read may be read while others are scored, see
             :mod:`anomalib_clipad.data.read_ahead`, where neither other processes read nor a GPU scores.
+        preview_side: Pixels of the longest side of pictures that are drawn of the images, see
+            :class:`anomalib_clipad.data.preview.Preview`; 0 where none are.
 
     Example:
         >>> from anomalib.data import PredictDataset
@@ -110,10 +64,15 @@ class ReadableDataLoader(DataLoader):
     """
 
     def __init__(
-        self, dataloader: DataLoader, each_once: bool = False, pin_memory: bool = False, ahead: bool = False
+        self,
+        dataloader: DataLoader,
+        each_once: bool = False,
+        pin_memory: bool = False,
+        ahead: bool = False,
+        preview_side: int = 0,
     ) -> None:
         super().__init__(
-            ReadableDataset(dataloader.dataset),  # type: ignore[arg-type]  # can_wrap: it is asked by number
+            ReadableDataset(dataloader.dataset, preview_side),  # type: ignore[arg-type]  # can_wrap: it is asked by number
             batch_sampler=_unrepeated(dataloader.batch_sampler) if each_once else dataloader.batch_sampler,
             num_workers=dataloader.num_workers,
             collate_fn=_SkippingCollate(dataloader.collate_fn),
@@ -162,6 +121,7 @@ class ReadableDataset(Dataset):
 
     Args:
         dataset: One of anomalib's, or any that gives items by number and names its files.
+        preview_side: See :class:`ReadableDataLoader`.
 
     Example:
         >>> from anomalib.data import PredictDataset
@@ -169,8 +129,8 @@ class ReadableDataset(Dataset):
         torch.Size([3, 40, 60])
     """
 
-    def __init__(self, dataset: _Indexed) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: _Indexed, preview_side: int = 0) -> None:
+        self.dataset, self.preview_side = dataset, preview_side
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -184,10 +144,9 @@ class ReadableDataset(Dataset):
         try:
             item = self.dataset[index]
             path = getattr(item, "image_path", None)
-            # Taps that were computed before take the place of the image.
-            return (
-                _corrected(item, Path(path), self.dataset) if path and getattr(item, "features", None) is None else item
-            )
+            if not path or getattr(item, "features", None) is not None:  # taps that take the place of the image
+                return item
+            return _corrected(item, Path(path), self.dataset, self.preview_side)
         except Exception as error:
             # Pillow raises almost anything for a damaged file. If the files can be read, the fault is elsewhere.
             if not isinstance(error, OSError) and all(_can_be_read(path) for path in self._files(index)):
@@ -236,27 +195,53 @@ class _SkippingCollate:
 
     def __call__(self, items: list[DatasetItem | None]) -> Batch | None:
         readable = [item for item in items if item is not None]
+        if not readable:
+            return None
+        previews = [_taken_preview(item) for item in readable]
         if len(readable) == 1 and isinstance(readable[0], ImageItem) and self.collate == ImageBatch.collate:
-            return ZeroShotBatch.of_one(readable[0])
-        batch = self.collate(readable) if readable else None
+            batch: Batch = ZeroShotBatch.of_one(readable[0])
+        else:
+            batch = self.collate(readable)
+        if not isinstance(batch, ImageBatch):
+            return batch
         # The fields that a zero-shot model fills; the evaluator reads them off the loader's batch.
-        return ZeroShotBatch.of(batch) if isinstance(batch, ImageBatch) else batch
+        ours = ZeroShotBatch.of(batch)
+        ours.preview = previews if any(previews) else None
+        return ours
 
 
-def _corrected(item: DatasetItem, path: Path, dataset: _Indexed) -> DatasetItem:
+def _corrected(item: DatasetItem, path: Path, dataset: _Indexed, preview_side: int) -> DatasetItem:
+    transform = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
     with Image.open(path) as image:  # only the header is read
+        # A JPEG is drawn sooner from its file, at a fraction of its size; behind a transform the pixels are others.
+        previewed = preview_side and image.format != "JPEG" and transform is None
         if is_rotated(image, path):
             # Pillow 13 turns a TIFF when it decodes it, and scrambles one of one channel without compression.
             how = "may be read wrongly" if image.format == "TIFF" else "scored as stored"
             logger.warning("%s is stored rotated and %s; save it upright if that is not meant.", path, how)
         if image.mode in DEEP:
             grey = torch.from_numpy(deep_pixels(image))
-            transform = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
             pixels = ImageTensor(grey.expand(3, -1, -1))
             item.image = transform(pixels) if transform else pixels
     if isinstance(item.image, torch.Tensor) and is_blank(item.image):
         logger.warning("%s has one colour all over and shows no part; look at the camera and the light.", path)
-    return item
+    return _with_preview(item, preview_side) if previewed else item
+
+
+def _with_preview(item: DatasetItem, longest_side: int) -> DatasetItem:
+    if not isinstance(item, ImageItem) or item.image is None:
+        return item
+    ours = ZeroShotItem.of(item)
+    ours.preview = Preview.of(item.image, longest_side)
+    return ours
+
+
+def _taken_preview(item: DatasetItem) -> Preview | None:
+    """An item's preview, which anomalib's collation knows nothing of."""
+    if not isinstance(item, ZeroShotItem):
+        return None
+    preview, item.preview = item.preview, None
+    return preview
 
 
 def is_blank(pixels: torch.Tensor) -> bool:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.engine.checkpoint_file import CheckedCheckpointIO
 from anomalib_clipad.engine.precision import warn_of_slow_precision
+from anomalib_clipad.engine.scored_batches import ScoredBatches
 
 LOOPS = {
     TrainerFn.FITTING: "fit_loop",
@@ -73,7 +74,7 @@ def _keep_callbacks(trainer: Trainer, wanted: Callable[[Callback], bool]) -> Non
 
 @contextmanager
 def readable_images(trainer: Trainer) -> Iterator[None]:
-    """Skip images that cannot be read, give each image to one process, and read large ones ahead.
+    """Skip images that cannot be read, give each image to one process, read large ones ahead, and keep small copies.
 
     Only a strategy of one's own could wrap the loaders that Lightning makes, and the strategy is the user's choice.
     """
@@ -81,12 +82,16 @@ def readable_images(trainer: Trainer) -> Iterator[None]:
     process_dataloader = strategy.process_dataloader
     # Not while fitting, where the processes wait for each other at every batch, and reading may draw random numbers.
     each_once = trainer.state.fn != TrainerFn.FITTING
+    drawing = trainer.state.fn in (TrainerFn.TESTING, TrainerFn.PREDICTING)
+    sides = [one.longest_side for one in cast("Any", trainer).callbacks if isinstance(one, ScoredBatches)]
+    preview_side = max(sides, default=0) if drawing else 0
 
     def process(dataloader: object) -> object:
         loader = process_dataloader(dataloader)
         if not isinstance(loader, DataLoader) or not ReadableDataLoader.can_wrap(loader):
             return loader
-        return ReadableDataLoader(loader, each_once, strategy.root_device.type == "cuda", ahead=each_once)
+        on_gpu = strategy.root_device.type == "cuda"
+        return ReadableDataLoader(loader, each_once, on_gpu, ahead=each_once, preview_side=preview_side)
 
     strategy.process_dataloader = process  # type: ignore[method-assign]  # for this run, see above
     try:

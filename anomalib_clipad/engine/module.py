@@ -246,4 +246,5 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         # When a batch is done, since a device has to be waited for.
         numbers = [0] * batch.batch_size if batch.class_index is None else batch.class_index.tolist()
         batch.class_name = [self.model.class_names[number] for number in numbers]
+        batch.preview = None  # it was drawn
         warn_of_not_finite(batch)

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from anomalib_clipad.components.pretrained import not_for_use
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.preview import Preview
 from anomalib_clipad.data.verdict import Verdict, verdicts
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.run_folder import run_folder, skipped_images, writing
@@ -33,6 +34,7 @@ from anomalib_clipad.page import (
     write_thumbnail,
 )
 from anomalib_clipad.page.page import NAME
+from anomalib_clipad.page.thumbnails import LONGER_SIDE
 from anomalib_clipad.pictures.heatmap import THRESHOLD
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class PageWriter(ScoredBatches):
         >>> PageWriter(most_images=500).most_images
         500
     """
+
+    longest_side = LONGER_SIDE  # of its thumbnails
 
     def __init__(self, most_images: int = MOST_IMAGES) -> None:
         self.most_images = most_images
@@ -79,7 +83,8 @@ class PageWriter(ScoredBatches):
         maps = None if batch.anomaly_map is None else map_on_the_scale(batch, model)
         columns = planes(maps, len(said)), planes(batch.region, len(said)), _scores(batch, model), _raw_scores(batch)
         drawn = partial(_drawn, _name(model), self._folder, bool(batch.image_path))
-        self._images += self._drawing.start(drawn, said[:room], *columns)
+        previews = batch.preview or [None] * len(said)
+        self._images += self._drawing.start(drawn, said[:room], *columns, previews)
 
     def end(self, trainer: Trainer, model: LightningModule) -> None:
         """Join what several processes have drawn, and write the page."""
@@ -189,11 +194,12 @@ def _drawn(
     region: np.ndarray | None,
     score: float,
     raw_score: str,
+    preview: Preview | None,
 ) -> PageImage:
     path = Path(verdict.path)
     with writing(folder / NAME):
         heat = None if anomaly_map is None else write_heat_layer(anomaly_map, path, folder)
-        thumbnail = write_thumbnail(path, folder, region) if has_file else None
+        thumbnail = write_thumbnail(path, folder, region, preview) if has_file else None
     return PageImage(
         path=verdict.path,
         category=verdict.class_name or "",

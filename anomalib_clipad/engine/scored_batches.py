@@ -95,6 +95,8 @@ class ScoredBatches(Callback):
         7 2
     """
 
+    longest_side: int = 0  # pixels of the pictures that it draws of the images, if it draws any
+
     def begin(self, trainer: Trainer, model: LightningModule) -> None:
         """Act before the first batch, behind the model's own start."""
 

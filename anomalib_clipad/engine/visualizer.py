@@ -1,5 +1,6 @@
 """A picture of every image that test and predict have scored."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePath
@@ -15,13 +16,14 @@ from PIL import Image
 from torchvision.transforms.v2 import Normalize
 
 from anomalib_clipad.data.batch import ZeroShotBatch
+from anomalib_clipad.data.preview import Preview, levels
 from anomalib_clipad.data.verdict import Verdict, verdicts
 from anomalib_clipad.engine.run_folder import IMAGES, images_of, run_folder, writing
 from anomalib_clipad.engine.scored_batches import ScoredBatches, planes, side_by_side
 from anomalib_clipad.engine.shown_map import map_on_the_scale
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import write_atomically
-from anomalib_clipad.pictures.image_file import read_picture, size_within, sized
+from anomalib_clipad.pictures.image_file import preview_picture, read_picture, size_within, sized
 from anomalib_clipad.pictures.inspection import inspection_picture
 from anomalib_clipad.pictures.names import PictureNames
 
@@ -74,9 +76,9 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
         maps = None if batch.anomaly_map is None else map_on_the_scale(batch, model)
         arrays = [planes(values, count) for values in (maps, batch.pred_mask, batch.gt_mask, batch.region)]
         draw = partial(self._draw, model, run_folder(trainer), threshold)
-        side_by_side(
-            draw, names, batch.image_path or [None] * count, list(cast("torch.Tensor", batch.image)), said, *arrays
-        )
+        files: Sequence[str | None] = batch.image_path or [None] * count
+        previews = batch.preview or [None] * count
+        side_by_side(draw, names, files, previews, list(cast("torch.Tensor", batch.image)), said, *arrays)
         batch.picture = list(map(str, names))
 
     def _draw(
@@ -86,6 +88,7 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
         map_threshold: float | None,
         name: PurePath,
         file: str | None,
+        preview: Preview | None,
         pixels: torch.Tensor,
         verdict: Verdict,
         anomaly_map: np.ndarray | None,
@@ -93,7 +96,8 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
         gt_mask: np.ndarray | None,
         region: np.ndarray | None,
     ) -> None:
-        image, title = self._image(file, pixels, model), self._names.below(verdict.path)
+        title = self._names.below(verdict.path)
+        image = self._image(file, pixels, model) if preview is None else preview_picture(preview, self.longest_side)
         picture = inspection_picture(image, anomaly_map, verdict, title, pred_mask, gt_mask, map_threshold, region)
         path = folder / name
         with writing(path):
@@ -111,6 +115,5 @@ class ClipAdVisualizer(ScoredBatches, Visualizer):
             if isinstance(step, Normalize):
                 mean, std = (torch.tensor(values)[:, None, None] for values in (step.mean, step.std))
                 pixels = pixels * std + mean
-        levels = (255 * pixels.nan_to_num().clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
-        image = Image.fromarray(levels)
+        image = Image.fromarray(levels(pixels))
         return sized(image, size_within(image.size, self.longest_side))

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from anomalib_clipad.data.readable import DEEP, is_rotated
+from anomalib_clipad.data.deep_pixels import DEEP
+from anomalib_clipad.data.preview import Preview
+from anomalib_clipad.data.readable import is_rotated
 from anomalib_clipad.files import relative_path, replacing
 from anomalib_clipad.pictures.heatmap import dimmed, heat_layer
-from anomalib_clipad.pictures.image_file import read_picture
+from anomalib_clipad.pictures.image_file import preview_picture, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +23,16 @@ THUMBNAILS, HEAT = "report_files/thumbnails", "report_files/heat"
 BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
 
-def write_thumbnail(image: Path, folder: Path, region: np.ndarray | None = None) -> str | None:
+def write_thumbnail(
+    image: Path, folder: Path, region: np.ndarray | None = None, preview: Preview | None = None
+) -> str | None:
     """Write a small copy of an image, in its own shape and as it is stored, unless there is one that is newer.
 
     Args:
         image: The image's file, of any of Pillow's formats; deep ones are scaled as the models see them.
         folder: Folder of the page.
         region: (H, W), true where the image was looked at; the rest is pale. None for everywhere.
+        preview: Of the image, if there is one; else the file is read.
 
     Returns:
         Path of a JPEG relative to ``folder``, of at most 240 pixels on its longer side; None for an unreadable image.
@@ -45,7 +50,11 @@ def write_thumbnail(image: Path, folder: Path, region: np.ndarray | None = None)
     try:
         if path.exists() and path.stat().st_mtime > image.stat().st_mtime:
             return name
-        small = read_picture(image, LONGER_SIDE, enlarge=False)
+        small = (
+            read_picture(image, LONGER_SIDE, enlarge=False)
+            if preview is None
+            else preview_picture(preview, LONGER_SIDE, enlarge=False)
+        )
     except Exception as error:  # noqa: BLE001 - whatever a file's bytes make a decoder raise
         logger.warning("No thumbnail of %s, which cannot be read any more (%s).", image, error)
         return None

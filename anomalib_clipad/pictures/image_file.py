@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from anomalib_clipad.data.readable import DEEP, deep_pixels
+from anomalib_clipad.data.deep_pixels import DEEP, deep_pixels
+from anomalib_clipad.data.preview import GAP, Preview
 
 SMALLEST = 320  # pixels of the longest side, to about which smaller pictures are enlarged
 
@@ -36,6 +37,21 @@ def read_picture(path: Path, longest_side: int, enlarge: bool = True) -> Image.I
             pixels = np.nan_to_num(deep_pixels(image))
             return sized(Image.fromarray((255 * pixels).round().astype(np.uint8)).convert("RGB"), (width, height))
         return sized(image.convert("RGB"), (width, height))
+
+
+def preview_picture(preview: Preview, longest_side: int, enlarge: bool = True) -> Image.Image:
+    """What :func:`read_picture` makes of a file, from its preview, made for pictures of this size or larger.
+
+    Example:
+        >>> import torch
+        >>> preview_picture(Preview.of(torch.zeros(3, 10, 1000), 640), 640).size
+        (640, 6)
+    """
+    image, size = Image.fromarray(preview.pixels), size_within(preview.size, longest_side, enlarge)
+    if preview.factor == 1:
+        return sized(image, size)
+    width, height = (side / preview.factor for side in preview.size)
+    return image.resize(size, Image.Resampling.BICUBIC, (0, 0, width, height), reducing_gap=GAP)
 
 
 def size_within(size: tuple[int, int], longest_side: int, enlarge: bool = True) -> tuple[int, int]:
@@ -71,4 +87,4 @@ def sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     larger = size[0] >= image.width and size[1] >= image.height
     if larger:
         return image.resize(size, Image.Resampling.NEAREST)
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=GAP)
