@@ -5,10 +5,11 @@ import math
 import open_clip
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from torch.nn import functional as F
 
-from anomalib_clipad.components import DualPathFeatures, GaussianSmoothing, MapScale, feature_surgery
+from anomalib_clipad.components import DualPathFeatures, GaussianSmoothing, MapScale, ScoreFusion, feature_surgery
+from anomalib_clipad.components.smoothing import gaussian_matrix
 from anomalib_clipad.components.surgery import surgery_scores
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.errors import InputError
@@ -83,9 +84,24 @@ def test_smoothing_equals_scipys(size: tuple[int, int], sigma: float) -> None:
     torch.testing.assert_close(GaussianSmoothing(size, sigma)(maps).double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("sigma", [0.4, 1.4, 2.1, 3.3, 8.0])
+def test_the_kernel_ends_where_scipys_does(sigma: float) -> None:
+    """Four standard deviations away, rounded; what is behind is too little to be seen in float32."""
+    line = torch.rand(80, dtype=torch.float64)
+    expected = torch.from_numpy(gaussian_filter1d(line.numpy(), sigma))
+    torch.testing.assert_close(gaussian_matrix(80, sigma) @ line, expected, atol=1e-12, rtol=0)
+
+
 def test_smoothing_refuses_a_negative_sigma() -> None:
     with pytest.raises(InputError, match="sigma must be a number of pixels, 0 or more, got -1"):
         ClipAdSdpModel(clip=make_clip(), sigma=-1.0)
+
+
+def test_a_score_that_is_the_same_for_all_images_says_nothing() -> None:
+    fusion = ScoreFusion(MapScale(centre=0.0, slope=50.0))
+    fused = fusion.fit(torch.tensor([0.2, 0.4]), torch.tensor([0.1, 0.1]))
+    torch.testing.assert_close(fused, torch.tensor([0.0, 0.5]))
+    torch.testing.assert_close(fusion(torch.tensor([0.3]), torch.tensor([0.1])), torch.tensor([0.25]))
 
 
 def test_the_whole_follows_the_equations_at_another_shape() -> None:
