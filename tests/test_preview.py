@@ -64,7 +64,7 @@ def test_it_is_so_for_every_kind_of_pixel(kind: str, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(found), np.asarray(expected))
 
 
-def test_what_is_not_a_number_is_black() -> None:
+def test_what_is_not_a_number_is_black_and_infinity_white() -> None:
     image = torch.ones(3, 2, 2)
     image[:, 0, 0], image[:, 0, 1], image[:, 1, 0] = torch.nan, torch.inf, -torch.inf
     assert Preview.of(image, 512).pixels[..., 0].tolist() == [[0, 255], [0, 255]]

@@ -31,7 +31,7 @@ class Preview(NamedTuple):
         """Reduce an image by a whole number, to no less than twice the pictures that are drawn of it.
 
         Args:
-            image: (3, H, W) in [0, 1], of the size that is stored; what is not finite becomes black.
+            image: (3, H, W) in [0, 1], of the size that is stored; NaN becomes black.
             longest_side: Of the largest picture, in pixels.
         """
         height, width = image.shape[-2:]
@@ -41,7 +41,7 @@ class Preview(NamedTuple):
 
 
 def levels(image: torch.Tensor) -> np.ndarray:
-    """An image (3, H, W) in [0, 1] as (H, W, 3) uint8; what is not finite becomes black.
+    """An image (3, H, W) in [0, 1] as (H, W, 3) uint8; NaN becomes black.
 
     Example:
         >>> levels(torch.tensor([[[0.0, 1.0]]] * 3)).tolist()
