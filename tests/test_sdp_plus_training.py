@@ -139,6 +139,8 @@ def test_untrained_layers_refuse_to_predict_and_test(
         new_engine(tmp_path).test(ClipAdSdpPlus(backbone=small_clip, visualizer=False), datamodule=data)
     with pytest.raises(InputError, match="no trained layers yet"):
         ClipAdSdpPlus(backbone=small_clip, visualizer=False).save_adapter(tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="no trained layers yet; give adapter demo or a file"):
+        ClipAdSdpPlus(backbone="demo", visualizer=False).save_adapter(tmp_path / "a.safetensors")
 
 
 def test_other_data_than_auxiliary_are_refused_for_training(small_clip: str, category: Path, tmp_path: Path) -> None:

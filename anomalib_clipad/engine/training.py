@@ -31,6 +31,7 @@ from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.run_folder import share_folder
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.plugin import DEMO
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +184,9 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
             InputError: If nothing was trained or loaded.
         """
         if not self.trained:
+            what = f"{DEMO} or a file" if self.hparams.get("backbone") == DEMO else "a file"
             msg = (
-                "SDP+ has no trained layers yet; give adapter a file, or train it: "
+                f"SDP+ has no trained layers yet; give adapter {what}, or train it: "
                 "anomalib fit --config configs/sdp_plus_train_visa.yaml."
             )
             raise InputError(msg)
