@@ -151,7 +151,8 @@ def test_what_is_on_the_gpu_is_the_present_transform(small_clip: str, tmp_path: 
 def test_pictures_for_a_gpu_are_pinned(tmp_path: Path, device: str, pinned: bool) -> None:
     data = PredictDataset(write_category(tmp_path / "widget") / "test" / "good")
     strategy = SimpleNamespace(root_device=torch.device(device), process_dataloader=lambda loader: loader)
-    trainer = SimpleNamespace(strategy=strategy, state=SimpleNamespace(fn=TrainerFn.PREDICTING))
+    run = SimpleNamespace(fn=TrainerFn.PREDICTING)
+    trainer = SimpleNamespace(strategy=strategy, state=run, callbacks=[])
     with readable_images(trainer):
         loader = strategy.process_dataloader(DataLoader(data, collate_fn=data.collate_fn))
     assert loader.pin_memory is pinned
