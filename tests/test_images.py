@@ -102,7 +102,7 @@ def test_one_bad_byte_skips_only_its_image(
 def test_an_image_alone_is_what_anomalib_makes_of_it_without_a_copy(
     data: str, image_folder: Path, category: Path
 ) -> None:
-    """Copies of a picture of 12 megapixels, twice, take a fifth of the time of a prediction."""
+    """Two copies of a picture of 12 megapixels take a sixth of the time of a prediction."""
     module = folder(category)
     module.setup()
     dataset = PredictDataset(image_folder) if data == "pictures" else getattr(module, data)

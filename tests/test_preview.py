@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import ImageItem, PredictDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -109,3 +109,18 @@ def test_images_that_a_data_module_has_resized_are_drawn_of_their_files(
     monkeypatch.setattr(Preview, "of", lambda *_: pytest.fail("these pixels are not the file's"))
     model = ClipAdSdp("cup", small_clip)
     new_engine(tmp_path).test(model, datamodule=folder(category), verbose=False)
+
+
+def test_images_that_a_data_set_resizes_by_itself_are_drawn_of_their_files(tmp_path: Path) -> None:
+    class Halved(PredictDataset):
+        def __getitem__(self, index: int) -> ImageItem:
+            item = super().__getitem__(index)
+            item.image = item.image[:, ::2, ::2]
+            return item
+
+    Image.fromarray(noisy(90, 50)).save(tmp_path / "a.png")
+    for kind, previewed in ((PredictDataset, True), (Halved, False)):
+        dataset = kind(tmp_path)
+        loader = DataLoader(dataset, collate_fn=dataset.collate_fn)
+        (batch,) = ReadableDataLoader(loader, preview_side=512)
+        assert (batch.preview is not None) is previewed

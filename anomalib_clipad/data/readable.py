@@ -213,8 +213,9 @@ class _SkippingCollate:
 def _corrected(item: DatasetItem, path: Path, dataset: _Indexed, preview_side: int) -> DatasetItem:
     transform = getattr(dataset, "augmentations", None) or getattr(dataset, "transform", None)
     with Image.open(path) as image:  # only the header is read
-        # A JPEG is drawn sooner from its file, at a fraction of its size; behind a transform the pixels are others.
+        # A JPEG is drawn sooner from its file, at a fraction of its size.
         previewed = preview_side and image.format != "JPEG" and transform is None
+        shape = image.size[::-1]
         if is_rotated(image, path):
             # Pillow 13 turns a TIFF when it decodes it, and scrambles one of one channel without compression.
             how = "may be read wrongly" if image.format == "TIFF" else "scored as stored"
@@ -225,11 +226,12 @@ def _corrected(item: DatasetItem, path: Path, dataset: _Indexed, preview_side: i
             item.image = transform(pixels) if transform else pixels
     if isinstance(item.image, torch.Tensor) and is_blank(item.image):
         logger.warning("%s has one colour all over and shows no part; look at the camera and the light.", path)
-    return _with_preview(item, preview_side) if previewed else item
+    return _with_preview(item, shape, preview_side) if previewed else item
 
 
-def _with_preview(item: DatasetItem, longest_side: int) -> DatasetItem:
-    if not isinstance(item, ImageItem) or item.image is None:
+def _with_preview(item: DatasetItem, shape: tuple[int, ...], longest_side: int) -> DatasetItem:
+    """An item with its preview, unless its data set has made an image of another size of the file."""
+    if not isinstance(item, ImageItem) or item.image is None or item.image.shape[-2:] != shape:
         return item
     ours = ZeroShotItem.of(item)
     ours.preview = Preview.of(item.image, longest_side)
