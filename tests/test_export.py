@@ -285,3 +285,16 @@ def test_the_example_names_a_missing_file(tmp_path: Path) -> None:
     assert "error: gone.onnx is not a file; give" in done.stderr
     assert "Traceback" not in done.stderr
     assert files(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_files_of_another_size_resize_position_embeddings_as_torch_does(tmp_path: Path) -> None:
+    # Of a CLIP large enough that no exporter computes them before; of the small ones the whole resize is folded away.
+    model = ClipAdSdp("nut", "demo", image_size=(72, 128)).eval()
+    images = torch.rand(2, 3, 72, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+    file = model.to_onnx(tmp_path)
+    for found in (run_onnx(file, images.numpy()), run_openvino(file, images.numpy())):
+        for name in ("pred_score", "anomaly_map"):
+            np.testing.assert_allclose(found[name], getattr(expected, name).numpy(), atol=1e-6, rtol=0, err_msg=name)

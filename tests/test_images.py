@@ -1,6 +1,7 @@
 """Images as they come: a damaged file is skipped alone, and every kind of pixel has its brightness."""
 
 import logging
+import struct
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -228,3 +229,33 @@ def test_an_image_of_one_colour_is_named(
     image.save(path)
     assert read(path) is not None
     assert (f"{path} has one colour all over" in caplog.text) == blank
+
+
+def test_fractions_may_exceed_one_a_little(tmp_path: Path) -> None:
+    pixels = SHADES.astype(np.float32) / 255
+    pixels[0, 0] = 1.02  # as sharpening makes it
+    Image.fromarray(pixels).save(tmp_path / "sharpened.tiff")
+    found = read(tmp_path / "sharpened.tiff")
+    torch.testing.assert_close(found[0], torch.from_numpy(pixels).clamp(max=1))
+
+
+def test_a_dark_pgm_of_16_bits_stays_dark(tmp_path: Path) -> None:
+    Image.fromarray(SHADES.astype(np.uint16)).save(tmp_path / "dark.pgm")
+    assert read(tmp_path / "dark.pgm").max() == pytest.approx(255 / 65535)
+
+
+def test_a_tiff_of_12_bits_tells_where_white_is(tmp_path: Path) -> None:
+    # Pillow reads such files and writes none: two pixels are three bytes.
+    values = np.array([[0, 4095, 2048, 1024]], dtype=np.uint16)
+    packed = bytes(
+        byte
+        for one, two in values.reshape(-1, 2).tolist()
+        for byte in (one >> 4, (one & 15) << 4 | two >> 8, two & 255)
+    )
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, len(packed))]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
+    content = header + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "camera.tiff").write_bytes(content)
+    found = read(tmp_path / "camera.tiff")[0]
+    torch.testing.assert_close(found, torch.from_numpy(values / np.float32(4095)))

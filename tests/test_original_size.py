@@ -7,9 +7,9 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 import torch
-from anomalib.data import PredictDataset
+from anomalib.data import ImageBatch, ImageItem, PredictDataset
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
@@ -129,3 +129,17 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(small_clip: str, tmp_path:
         with pytest.raises(InputError, match="An exported file gives maps of the model's image_size"):
             export(tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_data_without_files_are_refused(small_clip: str, tmp_path: Path) -> None:
+    class WithoutFiles(Dataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> ImageItem:
+            return ImageItem(image=torch.rand(3, 40, 40))
+
+    loader = DataLoader(WithoutFiles(), collate_fn=ImageBatch.collate)
+    model = ClipAdSdp("nut", small_clip, output_size="original", visualizer=False)
+    with pytest.raises(InputError, match="output_size original looks at the pictures' files, and the data name none"):
+        new_engine(tmp_path).predict(model, dataloaders=loader)

@@ -1,6 +1,7 @@
 """The page: what is in its file. test_page_runs.py has test and predict write it, test_page_browser.py opens it."""
 
 import json
+import os
 import re
 import time
 from html.parser import HTMLParser
@@ -146,3 +147,24 @@ def test_a_thumbnail_is_made_again_only_for_a_newer_image(tmp_path: Path) -> Non
     write_thumbnail(image, tmp_path)
     with Image.open(thumbnail) as made:
         assert made.size == (50, 20)
+
+
+def test_a_thumbnail_is_of_the_image_that_took_anothers_place(tmp_path: Path) -> None:
+    image = save(Image.new("RGB", (30, 20), "white"), tmp_path / "a.png")
+    thumbnail = tmp_path / write_thumbnail(image, tmp_path)
+    save(Image.new("RGB", (50, 20), "white"), image)
+    os.utime(image, (1_000_000_000, 1_000_000_000))  # from an archive, older than the thumbnail
+    write_thumbnail(image, tmp_path)
+    with Image.open(thumbnail) as made:
+        assert made.size == (50, 20)
+    before = thumbnail.read_bytes()
+    write_thumbnail(image, tmp_path, np.eye(2, dtype=bool))
+    assert thumbnail.read_bytes() != before, "of which another part is pale"
+
+
+def test_an_animation_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "b.gif")
+    assert original_for_browsers(tmp_path / "a.gif", tmp_path) is None
+    assert original_for_browsers(tmp_path / "b.gif", tmp_path) == "b.gif"

@@ -265,3 +265,22 @@ def test_an_empty_bank_says_so() -> None:
         model().set_references([])
     with pytest.raises(InputError, match="max_references must be a whole number"):
         ReferenceBank(taps=2, width=6, grid=GRID, max_patches=0)
+
+
+def test_patches_that_nothing_can_be_compared_with_are_refused() -> None:
+    bank = ReferenceBank(taps=1, width=6, grid=(3, 3))
+    original = torch.randn(2, 10, 6, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="have no others to be compared with.*give a second normal image"):
+        bank.fit([original[:1]])
+    assert not bank.fitted
+    assert bank.fit([original]).max() < 1
+
+
+def test_a_region_with_patches_that_nothing_can_be_compared_with_is_refused() -> None:
+    normal = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    small = model(region=[0.5, 0.5, 1, 1])
+    with pytest.raises(InputError, match="a larger region"):
+        small.set_references([normal[:1]])
+    assert small.set_references([normal]).map_score.isfinite().all()
+    half = model(region=[0, 0.5, 1, 1])
+    assert half.set_references([normal[:1]]).map_score.max() < 100, "in units of what is usual"

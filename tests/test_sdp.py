@@ -218,3 +218,11 @@ def test_a_model_without_a_class_says_so() -> None:
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(InputError, match=r"takes images of \(32, 32\) pixels, got \(40, 40\)"):
         ClipAdSdpModel(clip=make_clip(), class_names=["cup"])(torch.randn(1, 3, 40, 40))
+
+
+def test_ranges_are_fitted_after_a_run_in_inference_mode() -> None:
+    fusion = ScoreFusion(MapScale(0.0, 50.0))
+    with torch.inference_mode():
+        fusion.reset(2)
+    fused = fusion.fit(torch.tensor([0.2, 0.6]), torch.tensor([0.1, 0.3]), number=1)
+    torch.testing.assert_close(fused, torch.tensor([0.0, 1.0]))

@@ -195,3 +195,21 @@ def test_a_broken_prompt_file_is_refused_in_a_sentence(tmp_path: Path, text: str
 def test_an_empty_class_name_is_refused() -> None:
     with pytest.raises(InputError, match="class_name is empty"):
         PromptEnsemble.from_config("industrial").prompts("  ")
+
+
+def test_vectors_are_those_of_full_precision_under_autocast(tokenizer: object) -> None:
+    encoder = TextEncoder(make_clip(), tokenizer)
+    expected = encoder.encode(["a cup", "a cup with a flaw"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encoder.encode(["a cup", "a cup with a flaw"]), expected)
+
+
+def test_prompts_that_are_cut_are_said(tokenizer: object, caplog: pytest.LogCaptureFixture) -> None:
+    states = {"normal_states": ["{} without flaw"], "anomalous_states": ["{} with flaw"], "templates": ["a {}"]}
+    ensemble = PromptEnsemble.from_config(states)
+    encoder = TextEncoder(make_clip(), tokenizer)
+    encoder.text_features("screw", ensemble, "mean")
+    assert "longer than" not in caplog.text
+    encoder.text_features(" ".join(["screw"] * 80), ensemble, "mean")
+    assert "2 prompts of 'screw screw" in caplog.text
+    assert "are longer than the text tower reads, so their ends are lost" in caplog.text

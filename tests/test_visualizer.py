@@ -16,7 +16,7 @@ from anomalib_clipad.data.verdict import Verdict
 from anomalib_clipad.engine.run_folder import _new_folder
 from anomalib_clipad.engine.table import NAME
 from anomalib_clipad.engine.visualizer import ClipAdVisualizer
-from anomalib_clipad.pictures.heatmap import GROUND_TRUTH
+from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, outline
 from anomalib_clipad.pictures.inspection import BADGES
 from anomalib_clipad.pictures.names import LONGEST, PictureNames
 
@@ -215,3 +215,22 @@ def test_threads_change_no_picture(
         files.append({path.relative_to(root): path.read_bytes() for path in pictures})
     assert len(files[0]) == 3 * 11, "picture, thumbnail and heatmap of each image"
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("place", range(90, 100))
+def test_a_thin_mask_keeps_its_outline_where_it_is_reduced(place: int) -> None:
+    mask = np.zeros((960, 1440), dtype=bool)
+    mask[place, 100:900] = mask[100:800, place] = True
+    drawn = np.asarray(outline(Image.new("RGB", (512, 341), "white"), mask, (255, 0, 0)))
+    red = (drawn == (255, 0, 0)).all(axis=-1)
+    assert red[:, 40:300].any(axis=0).all(), "a line without a gap"
+    assert red[40:280].any(axis=1).all()
+    assert red.sum(axis=0)[60:300].max() <= 2, "and no wider than it must be"
+
+
+def test_a_folder_called_like_a_picture_is_not_in_its_way() -> None:
+    names = PictureNames(["photos/a.jpg", "photos/a.png/1.jpg", "photos/B.PNG/1.jpg", "photos/b.jpg"])
+    found = [str(names(path)) for path in ("photos/a.jpg", "photos/a.png/1.jpg", "photos/b.jpg")]
+    assert found[1] == "a.png/1.png"
+    assert found[0].startswith("a-")
+    assert found[2].startswith("b-")

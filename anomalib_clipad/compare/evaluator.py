@@ -19,7 +19,7 @@ from anomalib_clipad.compare.map_stream import MapStream
 from anomalib_clipad.compare.scale import Scale
 from anomalib_clipad.components import Region
 from anomalib_clipad.components.defect_words import UNSPECIFIED
-from anomalib_clipad.data.inside import cut_ground_truth
+from anomalib_clipad.data.inside import cut_ground_truth, inside_only
 from anomalib_clipad.data.picture_shape import check_pictures
 from anomalib_clipad.engine.defect_naming import NOT_CALLED, UNKNOWN
 from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, paper_metrics
@@ -84,6 +84,7 @@ class CompareEvaluator(Evaluator):
         self.map_offsets: list[float | None] = []  # of each map of our models
         self.stream = MapStream(map_size, folder)
         self.figures: dict[str, float] = {}
+        self.kinds: dict[str, set[bool]] = {field: set() for field in ("gt_label", "gt_mask")}  # of ground truth seen
         self.seconds = self.validation_seconds = 0.0
         self.validated = 0
 
@@ -124,19 +125,22 @@ class CompareEvaluator(Evaluator):
         del trainer, pl_module, outputs, batch_idx, dataloader_idx
         self.seconds += now() - self._start
         paths = [str(path) for path in batch.image_path or []]
-        maps = torch.as_tensor(batch.anomaly_map).detach().float().cpu()
-        maps = maps.reshape(len(maps), 1, *maps.shape[-2:])
-        scores = maps.amax(dim=(-3, -2, -1)) if batch.pred_score is None else torch.as_tensor(batch.pred_score)
-        scores = scores.detach().float().cpu().reshape(-1)
+        scores, maps = _found(batch)
         _check_numbers(paths, scores, maps)
-        maps = F.interpolate(maps, self.map_size, mode="bilinear", align_corners=False)[:, 0]
+        no_maps = maps is None
+        if maps is None:
+            maps = torch.full((len(scores), *self.map_size), torch.nan)  # shown grey
+        else:
+            maps = F.interpolate(maps, self.map_size, mode="bilinear", align_corners=False)[:, 0]
         labels = None if batch.gt_label is None else torch.as_tensor(batch.gt_label).cpu()
         masks = None if batch.gt_mask is None else self._masks(paths, torch.as_tensor(batch.gt_mask).cpu())
         region = self._region(batch, maps)
-        fields = zip((*IMAGE_FIELDS, *PIXEL_FIELDS, "region"), (scores, labels, maps, masks, region), strict=True)
-        measured: Any = SimpleNamespace(**dict(fields))
+        values = (scores, labels, None if no_maps else maps, masks, region)
+        measured: Any = SimpleNamespace(**dict(zip((*IMAGE_FIELDS, *PIXEL_FIELDS, "region"), values, strict=True)))
         cut_ground_truth(measured)
         labels, masks = measured.gt_label, measured.gt_mask
+        for truth, field in ((labels, IMAGE_FIELDS[1]), (inside_only(measured, ["gt_mask"]).gt_mask, PIXEL_FIELDS[1])):
+            self.kinds[field] |= set() if truth is None else set(truth.bool().unique().tolist())
         for metric in self.measured:
             metric.update(measured)
         self.paths += paths
@@ -153,7 +157,12 @@ class CompareEvaluator(Evaluator):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the figures; the trainer could not log them, since they are no part of the model."""
         self.on_predict_epoch_end(trainer, pl_module)
-        self.figures = {metric.name: float(metric.compute()) for metric in self.measured if metric.update_called}
+        self.figures = {
+            metric.name: float(metric.compute())
+            for metric in self.measured
+            # Of normal images only, or of anomalous ones only, there is nothing to tell apart.
+            if metric.update_called and len(self.kinds[metric.fields[1]]) > 1
+        }
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the words of the last batch."""
@@ -179,6 +188,12 @@ class CompareEvaluator(Evaluator):
         if served:
             images, seconds = images + self.validated - served, seconds + self.validation_seconds
         return images / max(seconds, 1e-9)
+
+    @property
+    def only_kind(self) -> dict[str, str]:
+        """For a job's row, where all images are of one kind."""
+        kinds = self.kinds["gt_label"]
+        return {"only": "anomalous" if True in kinds else "normal"} if len(kinds) == 1 else {}
 
     @property
     def skipped(self) -> list[str]:
@@ -245,9 +260,21 @@ def _word(index: int, vocabulary: Sequence[str]) -> str | None:
     return UNSPECIFIED if index < 0 else vocabulary[index]
 
 
-def _check_numbers(paths: Sequence[str], scores: torch.Tensor, maps: torch.Tensor) -> None:
+def _found(batch: ImageBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores, (B,), by default the largest of the map, and maps, (B, 1, H, W), which some models do not give."""
+    if batch.anomaly_map is None and batch.pred_score is None:
+        msg = "The model gives neither scores nor anomaly maps, so there is nothing to measure; leave it out."
+        raise InputError(msg)
+    maps = None if batch.anomaly_map is None else torch.as_tensor(batch.anomaly_map).detach().float().cpu()
+    maps = None if maps is None else maps.reshape(len(maps), 1, *maps.shape[-2:])
+    given: Any = batch.pred_score if maps is None or batch.pred_score is not None else maps.amax(dim=(-3, -2, -1))
+    return torch.as_tensor(given).detach().float().cpu().reshape(-1), maps
+
+
+def _check_numbers(paths: Sequence[str], scores: torch.Tensor, maps: torch.Tensor | None) -> None:
     """Refuse NaN: a metric sorts it somewhere, and its figure then means nothing."""
-    invalid = (scores.isnan() | maps.isnan().flatten(1).any(dim=1)).nonzero().flatten().tolist()
+    not_numbers = scores.isnan() if maps is None else scores.isnan() | maps.isnan().flatten(1).any(dim=1)
+    invalid = not_numbers.nonzero().flatten().tolist()
     if invalid:
         name = Path(paths[invalid[0]]).name if paths else "an image"
         msg = f"The model's score or map of {name} is not a number (NaN), so nothing can be measured."

@@ -9,7 +9,10 @@ from typing import Any
 
 from anomalib_clipad.components.weights import is_file, is_folder
 
-PACKAGES = ("anomalib", "anomalib-clipad", "torch", "open_clip_torch", "lightning")
+PACKAGES = (
+    *("anomalib", "anomalib-clipad", "torch", "torchvision", "torchmetrics", "lightning"),
+    *("open_clip_torch", "timm"),
+)
 
 
 def fingerprint(paths: list[Path], leave_out: Path) -> str:

@@ -1,7 +1,6 @@
 """One job of the comparison: one model on one category, measured like all others."""
 
 import hashlib
-import inspect
 import json
 import platform
 import traceback
@@ -14,12 +13,11 @@ from typing import Any
 import pandas as pd
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.models import AnomalibModule, get_model
 from anomalib.pipelines.components import Job
 from anomalib.utils.logging import LoggerRedirectError, hide_output
 from lightning.pytorch import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_clipad.compare import job_files
 from anomalib_clipad.compare.evaluator import METRICS, CompareEvaluator, now
@@ -29,22 +27,24 @@ from anomalib_clipad.compare.heat_layers import heat_layers
 from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.naming import figures_of_job
+from anomalib_clipad.compare.plain_model import no_loaders, plain_model
 from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
 from anomalib_clipad.compare.scale import Scale, choose_scales
-from anomalib_clipad.compare.settings import model_class, short_class
+from anomalib_clipad.compare.settings import MAX_EPOCHS, short_class
 from anomalib_clipad.compare.shots import take
 from anomalib_clipad.components import Region
 from anomalib_clipad.data.datamodules import build_datamodule
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import remove_abandoned, slug
 from anomalib_clipad.pictures.text import printable
+from anomalib_clipad.plugin import DEMO, DEMO_FOLDER
 
 
 class CompareJob(Job):
     """Fit a model if it is of the kind that is fitted, test it, and keep what was measured.
 
     Args:
-        model: Configuration of the model: class_path, init_args and, if wanted, name.
+        model: Configuration of the model: class_path, init_args and, if wanted, name and max_epochs.
         data: Configuration of the data module, of one category, with name and region if wanted; or None for ``images``
             only.
         images: Folder of unlabelled images to predict instead of testing.
@@ -114,13 +114,18 @@ class CompareJob(Job):
         It is kept with the result and not in the job's name, because some data sets are written by the job itself.
         """
         paths = files_named(self.model_config.get("init_args") or {})
+        paths += [DEMO_FOLDER] if DEMO in (self.model_config.get("init_args") or {}).values() else []
         paths += [Path(self.images)] if self.images else []
         paths += files_named({"region": self.region})
         if self.data_config is not None:
             arguments = dict(self.data_config.get("init_args") or {})
             arguments.setdefault("root", getattr(build_datamodule(self.data_config), "root", None))
             paths += files_named(arguments)
-        return {"files": fingerprint(paths, self.output), "versions": versions()}
+        return {
+            "files": fingerprint(paths, self.output),
+            "versions": versions(),
+            "accelerator": self.accelerator,  # of which the speed is
+        }
 
     def result(self) -> dict[str, Any] | None:
         """The result, if the job is done, its files are whole, and it would read today what it read then."""
@@ -168,6 +173,7 @@ class CompareJob(Job):
             "key": self.key,
             **({} if self.shots is None else {"shots": self.shots, "family": self.family}),
             "class": short_class(self.model_config["class_path"]),
+            **({"data": short_class(self.data_config["class_path"])} if self.data_config else {}),
             **({"not_for_use": reason} if (reason := not_for_use(self.model_config)) else {}),
         }
 
@@ -180,10 +186,14 @@ class CompareJob(Job):
         if data is not None:
             data.prepare_data()
         inputs = self.inputs()  # before the first image is read, so that a later change is seen
+        if data is not None:
+            # Here, since anomalib splits by the global generator, from which models draw their weights.
+            data.setup(TrainerFn.FITTING)
+            seed_everything(self.seed, verbose=False)
         if data is not None and self.shots is not None:
             take(data, self.shots, self.seed)
         self.tell("loading the model", 0, None)
-        model: Any = _plain_model(self.model_config, data, self.region)
+        model: Any = plain_model(self.model_config, data, self.region)
         region = None if self.region is None else Region(self.region)
         evaluator = CompareEvaluator(self.map_size, self.metrics, self.file.parent, region)
         row: dict[str, Any] = {}
@@ -196,11 +206,13 @@ class CompareJob(Job):
             start = now()
             self.tell("preparing the model", 0, None)
             if self.images:
-                model.val_dataloader = _no_loaders
+                if data is not None and model.learning_type != LearningType.ONE_CLASS:
+                    engine.validate(model, datamodule=data, verbose=False)  # for its references and thresholds
+                model.val_dataloader = no_loaders
                 engine.predict(model, data_path=self.images, return_predictions=False)
             else:
                 engine.test(model, datamodule=data, verbose=False)
-                row |= evaluator.figures
+                row |= evaluator.figures | evaluator.only_kind
             row["test_seconds"] = now() - start
             if not evaluator.paths:
                 msg = f"No image of {self.category} could be read; look at the folder that the configuration names."
@@ -238,6 +250,7 @@ class CompareJob(Job):
                 logger=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
+                max_epochs=self.model_config.get(MAX_EPOCHS),
                 callbacks=[evaluator, ImageProgress(self.tell)],
             )
 
@@ -274,25 +287,3 @@ def category_of(data: Mapping[str, Any] | None, images: str | None) -> str:
     return str(
         data.get("name") or arguments.get("category") or arguments.get("name") or short_class(data["class_path"])
     )
-
-
-def _plain_model(config: Mapping[str, Any], data: AnomalibDataModule | None, region: object) -> AnomalibModule:
-    """The model without measurements and pictures of its own, with the region of the data if it can look at one."""
-    kind = model_class(config["class_path"])
-    if region is not None and kind is not None and "region" in inspect.signature(kind).parameters:
-        config = {**config, "init_args": {**config.get("init_args", {}), "region": region}}
-    name = (config.get("init_args") or {}).get("class_name")
-    if not isinstance(name, str | None) and not hasattr(kind, "products"):
-        msg = f"{short_class(config['class_path'])} takes one name as class_name, got {name!r}; compare by category."
-        raise InputError(msg)
-    model: Any = get_model(dict(config))
-    model.evaluator = model.visualizer = model.table = model.page = model.original_maps = None
-    if getattr(model, "class_name", "") is None and data is not None:
-        # Folder has no category, and some zero-shot models would then prompt for nothing.
-        model.class_name = data.category or data.name
-    return model
-
-
-def _no_loaders() -> list[object]:
-    """Lets anomalib's zero-shot models predict without validation data, whose thresholds are not looked at here."""
-    return []

@@ -58,7 +58,8 @@ def categories_figure(done: pd.DataFrame, metrics: list[str]) -> Figure:
     axes = figure.subplots(1, len(wanted), squeeze=False, sharey=True)[0]
     for axis, name in zip(axes, wanted, strict=True):
         wide = 100 * done.pivot_table(index="category", columns="model", values=name, sort=False)
-        wide = wide.reindex(columns=done["model"].unique())
+        # All panels share the categories, also those of which a metric is not measured.
+        wide = wide.reindex(index=done["category"].unique(), columns=done["model"].unique())
         axis.imshow(wide, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(wide.to_numpy()):
             if np.isfinite(value):

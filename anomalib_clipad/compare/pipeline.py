@@ -3,6 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,7 @@ def _missing_data(job: CompareJob) -> list[str]:
     root = arguments.get("root")
     if not root or not isinstance(root, str | Path):
         return []
-    folder = Path(root) / str(arguments.get("category") or "")
-    split = Path(root) / "visa_pytorch" / str(arguments.get("category") or "")
-    return [] if folder.is_dir() or split.is_dir() else [str(folder)]
+    category = str(arguments.get("category") or "")
+    folder = Path(root, category)
+    # VisA and Real-IAD have their categories in a folder of the root.
+    return [] if folder.is_dir() or any(Path(root).glob(f"*/{escape(category)}/")) else [str(folder)]

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from anomalib_clipad.compare.evaluator import METRICS
-from anomalib_clipad.compare.scale import ALL, Scales
+from anomalib_clipad.compare.scale import ALL, NOTHING, Scales
 from anomalib_clipad.pictures.text import printable
 
 CHANCE = 0.5
@@ -32,6 +32,12 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if "not_for_use" in table and (models := table.loc[table["not_for_use"] == reason, "model"].unique()).size:
             names = "; ".join(models)
             found.append(f"{reason.capitalize()}: {names}. These figures say nothing of pretrained weights.")
+    if "only" in table:
+        for (category, only), part in table[table["only"].notna()].groupby(["category", "only"], sort=False):
+            models = "; ".join(part["model"].unique())
+            found.append(
+                f"Nothing to tell apart: all images of {category} are {only}, so {models} has no AUROC, AP, F1."
+            )
     measured = [name for name in AUROCS if name in table]
     if measured:
         means = table.groupby(["model", "category"], sort=False)[measured].mean()
@@ -73,9 +79,12 @@ def scale_remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _without_threshold(scales: Scales) -> str | None:
     """What 0.5 is where it is no threshold."""
+    if scales.score.known and scales.map.source == NOTHING:
+        return "gives no anomaly maps: its heatmaps are grey."
     if not scales.score.known:
         whose = "all images" if scales.score.source == ALL else "its good images"
         ending = "; likewise for heatmaps" if not scales.map.known else ""
+        ending = "; it gives no anomaly maps, its heatmaps are grey" if scales.map.source == NOTHING else ending
         return f"has no threshold, so no verdicts: 0.5 is the largest score of {whose}, 0 the lowest{ending}."
     if not scales.map.known:
         whose = "all images" if scales.map.source == ALL else "its good images"

@@ -40,8 +40,8 @@ def write_report(
         output: Folder of the comparison; ``jobs/`` in it holds what the jobs kept.
         rows: A row a job, as :class:`anomalib_clipad.compare.CompareJob` returns it.
         title: The configuration, printed at the end of the report.
-        published: Name of the data set whose published figures belong beside the measured ones; found in ``title``
-            by default.
+        published: Name of the data set whose published figures belong beside the measured ones; by default the one
+            that all rows are of.
         tell: Is told which picture is drawn.
 
     Raises:
@@ -79,7 +79,8 @@ def write_report(
         path.parent.mkdir(exist_ok=True)
         draw_once(path, inputs, draw)
     drawn = {path.relative_to(output).as_posix() for path, *_ in drawings}
-    published = published or next((name for name in PUBLISHED if name in title), None)
+    kinds = set(table["data"]) if "data" in table else set()
+    published = published or next((name for name in PUBLISHED if kinds == {name}), None)
     text = markdown(table, metrics, kept, drawn, published)
     if title:
         text += f"\n## Configuration\n```yaml\n{title.strip()}\n```\n"

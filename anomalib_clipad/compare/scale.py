@@ -18,6 +18,7 @@ from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 
 Level = Literal["image", "pixel"]
 MODEL, GOOD, ALL = "model", "good images", "all images"  # where a scale comes from
+NOTHING = "nothing"  # where a model gives no values
 LEAST = 1e-12  # that is divided by
 
 
@@ -30,7 +31,7 @@ class Scale:
         low: Lower end of the range. ``high - low`` is shown as 1, as anomalib's post-processor does it.
         high: Upper end.
         source: ``model``, if it is the model's own threshold; else ``good images`` or ``all images``, of whose values
-            the largest is 0.5 and the lowest 0.
+            the largest is 0.5 and the lowest 0; ``nothing`` where there are none.
         soft: Flatten both ends, as our models do with maps whose threshold no image has set.
         largest_offset: Largest offset of normal images' maps, see :class:`anomalib_clipad.components.MapOffset`; None
             where maps are shown as they are.
@@ -139,9 +140,11 @@ def choose_scales(
 
     def of(rows: np.ndarray, number: int | None) -> Scales:
         values = limits[rows].T.flatten()
+        no_maps = np.isnan(values).all()
         return Scales(
             _of_model(post_processor, "image", score[rows], number) or _of_images(score[rows], good[rows]),
-            _of_model(post_processor, "pixel", values, number) or _of_images(values, np.tile(good[rows], 2)),
+            (None if no_maps else _of_model(post_processor, "pixel", values, number))
+            or _of_images(values, np.tile(good[rows], 2)),
         )
 
     whole = of(np.full(len(score), fill_value=True), None)
@@ -190,6 +193,8 @@ def _of_images(values: np.ndarray, good: np.ndarray) -> Scale:
     """The largest value of good images becomes 0.5, the lowest 0; of all images where none is known to be good."""
     chosen, source = (values[good], GOOD) if good.any() else (values, ALL)
     low, high = _finite(chosen).min(initial=math.inf), _finite(chosen).max(initial=-math.inf)
+    if np.isnan(chosen).all():
+        source = NOTHING
     if low > high:  # no finite value
         low = high = 0.0
     return Scale(float(high), float(low), float(2 * high - low), source)

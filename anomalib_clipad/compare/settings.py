@@ -16,7 +16,10 @@ from anomalib_clipad.errors import InputError
 
 Config = dict[str, Any]
 ENTRY_KEYS = ("class_path", "init_args", "name")
+MAX_EPOCHS = "max_epochs"
+MODEL_KEYS = (*ENTRY_KEYS, MAX_EPOCHS)
 DATA_KEYS = (*ENTRY_KEYS, "region")
+MOST_EPOCHS = 1_000_000
 LARGEST_SEED = 2**32 - 1  # NumPy's
 MOST_SHOTS = 10_000
 SMALLEST_MAP, LARGEST_MAP = 8, 4096
@@ -27,7 +30,8 @@ class Settings:
     """What stands under ``compare`` in a configuration.
 
     Args:
-        models: Configurations of models, with class_path and, if wanted, init_args and name.
+        models: Configurations of models, with class_path and, if wanted, init_args and name; with max_epochs for one
+            that is trained in epochs, which are Lightning's 1000 else.
         data: Configurations of data modules, likewise; with region, what of their images is looked at. Models that take
             a region get it; maps and labels of all models are measured inside.
         images: File or folder of unlabelled images.
@@ -138,13 +142,17 @@ def _entry(where: str, value: object, keys: tuple[str, ...]) -> Config:
         value = {"class_path": value}
     config = {key: item for key, item in _mapping(f"Every entry of {where}", value).items() if item is not None}
     if unknown := sorted(set(config) - set(keys)):
-        msg = f"An entry of {where} takes the keys {', '.join(keys)}, got {', '.join(unknown)}."
+        usual = ", ".join(key for key in keys if key != MAX_EPOCHS)
+        msg = f"An entry of {where} takes the keys {usual}, got {', '.join(unknown)}"
+        msg += f"; {MAX_EPOCHS} too, for a model that is trained." if MAX_EPOCHS in keys else "."
         raise InputError(msg)
     if "class_path" not in config:
         msg = f"Every model and data set needs a class_path, got {config}."
         raise InputError(msg)
     for path in config["class_path"]["grid"] if _is_grid(config["class_path"]) else [config["class_path"]]:
         _text(f"class_path in {where}", path)
+    if MAX_EPOCHS in config:
+        _whole(1, MOST_EPOCHS)(f"{MAX_EPOCHS} in {where}", config[MAX_EPOCHS])
     if "region" in config:
         Region(config["region"])  # which says what is wrong with it
     if "name" in config:
@@ -171,7 +179,7 @@ def _plain(where: str, value: object) -> None:
 
 
 READERS: dict[str, Callable[[str, object], Any]] = {
-    "models": _entries(*ENTRY_KEYS),
+    "models": _entries(*MODEL_KEYS),
     "data": _entries(*DATA_KEYS),
     "images": lambda where, value: str(_path(where, value)),
     "seed": _wholes(0, LARGEST_SEED),

@@ -39,6 +39,8 @@ __all__ = ["Backbone", "OpenedBackbone", "find_cached", "load_backbone", "open_b
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "open_clip_config.json"
+QUICK_GELU = "-quickgelu"  # ending of an architecture whose activation is QuickGELU
+UNTOLD = ("ViT-B-16", "dfn2b")  # of that activation, too, which only newer open_clip versions tell
 DEMO_REFERENCE_LAYERS = (3,)  # chosen on surfaces for validation, see benchmarks/references.md
 
 
@@ -184,9 +186,10 @@ def open_backbone(
             )
             raise InputError(msg)
         preprocess = get_pretrained_cfg(backbone, tag) if tag else {}
-        # Older open_clip versions say so only in the code that loads OpenAI's weights.
         openai = tag is not None and tag.lower() == OPENAI
-        quick_gelu = openai or bool(preprocess.get("quick_gelu"))
+        # Older open_clip versions tell by a twin of the architecture, or in the code that loads OpenAI's weights.
+        twin = get_pretrained_cfg(f"{backbone}{QUICK_GELU}", tag) if tag else None
+        quick_gelu = openai or bool(preprocess.get("quick_gelu") or twin) or (backbone, tag) == UNTOLD
         architecture = Architecture(backbone, model_config, quick_gelu)
         if pretrained and weights is None:
             weights = from_tag(backbone, pretrained)

@@ -67,7 +67,9 @@ class Architecture:
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # a checkpoint made with random weights fits those of another process
+                # A checkpoint made with random weights fits those of another process. Not torch.manual_seed, which
+                # seeds GPUs, too.
+                torch.default_generator.manual_seed(0)
                 return self._build(whole=True)
         except Exception as error:  # a configuration of wrong values fails anywhere in open_clip, timm and torch
             built_by = f"open_clip {version('open_clip_torch')}"

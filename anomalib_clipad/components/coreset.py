@@ -39,8 +39,8 @@ def coreset(patches: torch.Tensor, number: torch.Tensor, size: int) -> torch.Ten
     from anomalib.models.components.sampling import KCenterGreedy
 
     logger.info("Choosing %d of %d patches of the references.", size, len(number))
-    with torch.random.fork_rng(devices=[patches.device] if patches.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # which the sampler draws from; torch.manual_seed seeds GPUs, too
         random: Any = np.random.RandomState(0)  # scikit-learn takes no newer kind of generator
         projection = SparseRandomProjection(eps=0.9, random_state=random)
         projection.fit(patches[:1].flatten(1).expand(len(number), -1))

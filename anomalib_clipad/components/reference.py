@@ -137,15 +137,14 @@ class ReferenceBank(Float32Buffers):
         Returns:
             (k * parts, N) distances of every image's patches from those of the other images. A single image has no
             others: each patch is compared with those outside of its own 3 x 3 neighbourhood.
+
+        Raises:
+            InputError: If a patch has nothing to be compared with.
         """
         count = self.grid[0] * self.grid[1]
         places = (_grid_places(self.grid) if places is None else places).to(patches.device)
         parts = len(places) // count
         number = self._choose(patches, inside)
-        self.counts, self.patches, self.means = self.counts[:0], patches, patches[:0]
-        if len(number) < len(patches):  # neighbours of some that are kept are gone, so the means are kept, too
-            self.patches, self.means = patches[number], self._means_of(patches, number)
-        self._prepare()
         owner = number // len(places) % images
         place = places[number % len(places)]
 
@@ -156,6 +155,18 @@ class ReferenceBank(Float32Buffers):
             near = ((ours[:, None] - place).abs() < NEAR).all(dim=-1)  # (N, M)
             return ~near & (number < len(places))
 
+        for part in range(images * parts):
+            wanted = slice(None) if inside is None else inside[part].to(patches.device)
+            if not comparable(part).any(dim=1).expand(count)[wanted].all():
+                msg = (
+                    "Patches of a reference have no others to be compared with, so what is usual there cannot be "
+                    "measured; give a second normal image, a larger region or more max_references."
+                )
+                raise InputError(msg)
+        self.counts, self.patches, self.means = self.counts[:0], patches, patches[:0]
+        if len(number) < len(patches):  # neighbours of some that are kept are gone, so the means are kept, too
+            self.patches, self.means = patches[number], self._means_of(patches, number)
+        self._prepare()
         ours = patches[: images * len(places)].split(count)
         return torch.cat(
             [self._distance(self._compared(own), self.bank, comparable(part)) for part, own in enumerate(ours)]

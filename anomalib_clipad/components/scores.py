@@ -168,8 +168,11 @@ class ScoreFusion(Float32Buffers):
         """
         both = torch.stack([text_score, map_score], dim=-1)
         own = slice(None) if number is None else slice(number, number + 1)
-        self.score_min[own] = both.amin(dim=0)
-        self.score_max[own] = both.amax(dim=0)
+        # A run in inference mode would leave tensors that cannot be written to in another one.
+        with torch.inference_mode(mode=False):
+            self.score_min, self.score_max = self.score_min.clone(), self.score_max.clone()
+            self.score_min[own] = both.amin(dim=0)
+            self.score_max[own] = both.amax(dim=0)
         class_index = None if number is None else torch.full_like(text_score, number, dtype=torch.long)
         return self(text_score, map_score, class_index)
 

@@ -81,6 +81,11 @@ class TextEncoder:
         """
         if self.fill_text is not None:
             self.fill_text()
+        # Vectors are kept for all runs, so they are those of the weights' own precision.
+        with torch.autocast(self.clip.logit_scale.device.type, enabled=False):
+            return self._encode(prompts)
+
+    def _encode(self, prompts: list[str]) -> torch.Tensor:
         tower = getattr(self.clip, "text", self.clip)
         can_be_cut = _can_be_cut(self.clip, tower)
         tokens = self._tokens(prompts, tower if can_be_cut else None)
@@ -177,6 +182,14 @@ class TextEncoder:
         """Unit vectors of the normal and of the anomalous prompts, encoded once where both vectors are asked for."""
         if self._encoded[0] != prompts:
             logger.info("Encoding %d prompts of %r.", sum(map(len, prompts)), class_name)
+            if cut := [sentence for sentences in prompts for sentence in sentences if not self.fits(sentence)]:
+                logger.warning(
+                    "%d prompts of %r are longer than the text tower reads, so their ends are lost: %r; give a shorter "
+                    "class_name, or shorter prompts.",
+                    len(cut),
+                    class_name,
+                    max(cut, key=len),
+                )
             self._encoded = prompts, [self.encode(sentences) for sentences in prompts]
         return self._encoded[1]
 

@@ -257,11 +257,15 @@ class AuxiliaryDataModule(AnomalibDataModule):
             compute: Taps of a batch, (original, surgery) lists, on the CPU.
             key: Names the CLIP and its input, so that a folder never serves another's taps.
         """
-        if not self.cache_features or isinstance(self.train_data, CachedFeatures):
+        if not self.cache_features:
             return
         folder = None if self.cache_features is True else Path(self.cache_features)
         for name in ("train_data", "val_data"):
             data = getattr(self, name)
+            if isinstance(data, CachedFeatures):
+                if data.key == key:
+                    continue
+                data = data.data  # what was kept is of another model
 
             def load(indices: Sequence[int], data: AuxiliaryDataset = data) -> ReadableDataLoader:
                 return ReadableDataLoader(self._loader(data, self.eval_batch_size, sampler=indices))

@@ -54,3 +54,20 @@ def inside_only(batch: Any, fields: Iterable[str]) -> Any:  # noqa: ANN401 - a b
     return SimpleNamespace(
         **{name: None if one is None else one[region.reshape(one.shape)] for name, one in values.items()}
     )
+
+
+def chosen_rows(batch: ZeroShotBatch, chosen: torch.Tensor) -> Any:  # noqa: ANN401 - what has the fields of a batch
+    """Some images of a batch, with what thresholds are made from.
+
+    Args:
+        batch: Of B images.
+        chosen: (B,) bool.
+
+    Example:
+        >>> batch = ZeroShotBatch(image=torch.zeros(2, 3, 1, 1), gt_label=torch.tensor([True, False]))
+        >>> chosen_rows(batch, torch.tensor([False, True])).gt_label
+        tensor([False])
+    """
+    names = ("gt_label", "gt_mask", "region", "anomaly_map", "class_index", "text_score")
+    values = {name: getattr(batch, name, None) for name in names}
+    return SimpleNamespace(**{name: None if one is None else one[chosen] for name, one in values.items()})

@@ -18,6 +18,7 @@ from anomalib_clipad.engine.classes import ClassesMixin
 from anomalib_clipad.engine.products import Products
 from anomalib_clipad.errors import InputError
 
+SIGMA = "sigma"
 IDENTITY = "clip_ad"  # key of our part of a checkpoint
 # Not saved: CLIP comes from its own weights, the metrics from the arguments.
 NOT_SAVED = ("model.visual.", "evaluator.")
@@ -51,6 +52,7 @@ class CheckpointMixin(ClassesMixin):
             "tiles": None if tile_size is None else [*tile_size, self.model.tile_overlap],
             "region": None if region is None else region.digest,
             "reference_layers": None if references == layers else references,
+            SIGMA: None if self.automatic_size and self.hparams.get(SIGMA) is None else self.model.sigma,
         }
 
     @classmethod
@@ -102,6 +104,8 @@ class CheckpointMixin(ClassesMixin):
             raise InputError(msg)
         own = self.identity()
         differing = [key for key in own if found.get(key) != own[key]]
+        if SIGMA not in found or found.get("fitted") is True:  # an earlier version's, or layers, which know no sigma
+            differing = [key for key in differing if key != SIGMA]
         if self.automatic_size and "image_size" in differing:
             differing.remove("image_size")  # taken over below
         if differing and differing != ["backbone"]:  # the same weights under another name are the same CLIP

@@ -17,12 +17,11 @@ from torchmetrics.utilities import dim_zero_cat
 
 from anomalib_clipad.components.conformal import p_values
 from anomalib_clipad.components.map_offset import with_offsets
-from anomalib_clipad.components.region import RegionOfPictures
-from anomalib_clipad.components.scores import Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.class_limits import KEYS, LEVELS, ClassLimits
 from anomalib_clipad.engine.host import datamodule_of
 from anomalib_clipad.engine.network import ZeroShotNetwork
+from anomalib_clipad.engine.summaries import classes_of
 from anomalib_clipad.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,35 +79,6 @@ class Pool(NamedTuple):
         return Pool(self.summary[validated], self.labels[validated].int(), self.normal[normal], self.classes[own])
 
 
-def summary_of(scores: Scores | ZeroShotBatch, region: RegionOfPictures | None) -> torch.Tensor:
-    """(B, 5) of a batch: text score, map score, largest and mean map value inside a region, and the map's offset.
-
-    Example:
-        >>> scores = Scores(torch.tensor([[[0.25, 0.75]]]), torch.tensor([0.5]), torch.tensor([0.75]))
-        >>> summary_of(scores, None)
-        tensor([[0.5000, 0.7500, 0.7500, 0.5000,    nan]])
-    """
-    maps = cast("torch.Tensor", scores.anomaly_map)
-    if region is not None and region.inside is not None:
-        maps = region.values(maps)[:, None]
-    largest, mean = maps.amax(dim=(-2, -1)), maps.mean(dim=(-2, -1))
-    text, whole = cast("torch.Tensor", scores.text_score), cast("torch.Tensor", scores.map_score)
-    offset = torch.full_like(text, torch.nan) if scores.map_offset is None else scores.map_offset
-    return torch.stack([text, whole, largest, mean, offset], dim=1).float()
-
-
-def classes_of(scores: Scores | ZeroShotBatch) -> torch.Tensor:
-    """(B,) classes of a batch, the first one where it does not say.
-
-    Example:
-        >>> classes_of(Scores(torch.zeros(2, 1, 1), torch.zeros(2), torch.zeros(2)))
-        tensor([0, 0])
-    """
-    if scores.class_index is not None:
-        return scores.class_index
-    return torch.zeros_like(cast("torch.Tensor", scores.text_score), dtype=torch.long)
-
-
 def may_use_validation(trainer: Trainer | None, normal: torch.Tensor) -> bool:
     """Whether validation images count as normal ones: not where they are the test images, and there are others.
 
@@ -143,6 +113,7 @@ class ClassPoolsMixin(_PostProcessor):
 
     good_scores: torch.Tensor
     of_class: ClassLimits
+    false_alarm_rate: float | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the post-processor's
         super().__init__(*args, **kwargs)
@@ -225,7 +196,8 @@ class ClassPoolsMixin(_PostProcessor):
             self.set_from(network, everything, trainer)
             return
         pools = [everything.of(number) for number in range(len(names))]
-        few = [number for number, pool in enumerate(pools) if pool.normal_images < LEAST]
+        usable = [self._usable(pool, trainer) for pool in pools]
+        few = [number for number, count in enumerate(usable) if count < LEAST]
         before = self.of_class.values.clone() if self.of_class.known else torch.full((len(names), 6), torch.nan)
         pixels = self._pixels()
         self.set_from(network, everything, trainer, of="all classes together" if few else None)
@@ -235,8 +207,7 @@ class ClassPoolsMixin(_PostProcessor):
         for number, name in enumerate(names):
             if number in few:
                 if not more_follow:
-                    count = pools[number].normal_images
-                    logger.warning(TOO_FEW, name, count, "" if count == 1 else "s", LEAST)
+                    logger.warning(TOO_FEW, name, usable[number], "" if usable[number] == 1 else "s", LEAST)
                 continue
             self._take_values(before[number])
             self.good_scores = shared_good[:0]
@@ -246,6 +217,11 @@ class ClassPoolsMixin(_PostProcessor):
         self._pixel_threshold_metric, self._pixel_min_max_metric = both
         self._take_values(shared)
         self.good_scores = shared_good
+
+    def _usable(self, pool: Pool, trainer: Trainer | None) -> int:
+        """How many normal images of a class would set its thresholds."""
+        conformal = self.false_alarm_rate is not None or not pool.labels.any()
+        return len(pool.normal) if conformal and not may_use_validation(trainer, pool.normal) else pool.normal_images
 
     def _own(self) -> list[torch.Tensor]:
         """The scalars of one class, in the order of :class:`ClassLimits`."""

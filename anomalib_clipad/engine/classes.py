@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib.data import AnomalibDataModule
@@ -31,9 +31,9 @@ class ClassesMixin(_Module):
     class_name: str | Sequence[str] | Mapping[str, str] | None
     restored: bool = False  # whether text vectors and thresholds came with a checkpoint
     # What the present references and thresholds were made from; nothing where they were not made here.
-    _normal_key: object = None
+    _normal_key: tuple[Any, ...] | None = None
     _blank: dict[str, torch.Tensor]  # the post-processor's thresholds before any were set
-    _statistics: dict[tuple[str, ...], tuple[object, list[dict[str, torch.Tensor]] | None]]
+    _statistics: dict[tuple[str, ...], tuple[tuple[Any, ...] | None, list[dict[str, torch.Tensor]] | None]]
 
     def adopt_classes(self, class_name: str | Sequence[str] | Mapping[str, str] | None) -> None:
         """Take over the argument.

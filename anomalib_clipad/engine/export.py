@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 OPSET = 18  # the oldest that torch's exporter writes itself; anomalib's 14 is tried, fails loudly and is given up
 ONNX_PACKAGES = ("onnx", "onnxscript")
 TALKATIVE = ("onnxscript", "onnx_ir")  # a thousand lines an export
-LARGEST_ONNX = 2_000_000_000  # bytes of weights in one file; the graph needs some of the 2 GiB that it may have
+LARGEST_ONNX = 1536 * 2**20  # bytes of weights in one file, as torch's exporter has it, whatever it is told
 DRAFT = ".export-"
 ROOM = 1 << 20  # bytes free on a disk that is not the reason why a file could not be written
 WRITERS = ("inline_container", "iostream error")  # how torch and OpenVINO word that they could not write
@@ -96,8 +96,8 @@ class WholeExportMixin(ExportMixin):
         :mod:`anomalib_clipad.engine.extra_outputs`, too.
 
         Args:
-            export_root: Folder for ``weights/onnx/model.onnx``, one file. A model of 2 GB or more has its weights
-                beside it, in ``model.onnx.data``, because ONNX has no larger files; it needs both.
+            export_root: Folder for ``weights/onnx/model.onnx``, one file. A model with 1.5 GiB of weights or more has
+                them beside it, in ``model.onnx.data``, because ONNX has no larger files; it needs both.
             model_file_name: Another name than model.
             input_size: Height and width of the images, where all have the same. By default any: they are resized as
                 the engine does it, within the model. The number of images is free in either case.
@@ -115,9 +115,9 @@ class WholeExportMixin(ExportMixin):
         logger.info("Tracing the model for ONNX, which takes up to a minute or two.")
         kwargs.setdefault("opset_version", OPSET)
         kwargs.setdefault("verbose", False)
-        size = sum(
-            value.numel() * value.element_size() for value in cast("Any", self.model).visual.state_dict().values()
-        )
+        network = cast("Any", self.model)
+        kept = [*network.visual.state_dict().values(), network.references.bank, network.tile_references.bank]
+        size = sum(value.numel() * value.element_size() for value in kept)
         kwargs.setdefault("external_data", size >= LARGEST_ONNX)
         export = super().to_onnx
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
+from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.data import AnomalibDataModule
 from anomalib.engine.plugins.checkpoint_io import AnomalibCheckpointIO
 from anomalib.metrics import Evaluator
@@ -157,10 +158,23 @@ def no_validation(trainer: Trainer) -> Iterator[None]:
         trainer.limit_val_batches = limit
 
 
+def _name_best(callback: ModelCheckpoint, path: str) -> None:
+    """Let an engine's checkpoint name the best of a run until the next one, which would write over what it names."""
+
+    def setup(*arguments: Any, **named: Any) -> None:  # noqa: ANN401 - Lightning's
+        del callback.setup
+        callback.best_model_path = ""
+        callback.setup(*arguments, **named)
+
+    callback.best_model_path = path
+    callback.setup = setup  # type: ignore[method-assign]  # for one run
+
+
 class RunGuard(Callback):
     """Enters the context managers of this file at the start of a run, and leaves them at its end.
 
-    It then takes the model's callbacks out of the trainer, so that the next model on one engine runs without them.
+    It then takes the model's callbacks out of the trainer, and puts those back that they have displaced, so that the
+    next model on one engine runs as if there had been none.
 
     Args:
         callbacks: The model's.
@@ -173,6 +187,14 @@ class RunGuard(Callback):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._stack = ExitStack()
         self._ours = {id(callback) for callback in (self, *callbacks)}
+        self._displaced: list[ModelCheckpoint] = []
+        self._best_model_path: Callable[[], str] = str
+
+    def add_checkpoints(self, trainer: Trainer, callbacks: Sequence[ModelCheckpoint]) -> None:
+        """Take checkpoints of this run alone among the model's callbacks; the first one keeps the best."""
+        self._best_model_path = lambda: callbacks[0].best_model_path
+        self._ours |= {id(callback) for callback in callbacks}
+        self._displaced = [one for one in cast("Any", trainer).callbacks if isinstance(one, ModelCheckpoint)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the trainer."""
@@ -191,6 +213,11 @@ class RunGuard(Callback):
         del pl_module, stage
         self._stack.close()
         _keep_callbacks(trainer, lambda callback: id(callback) not in self._ours)
+        for callback in self._displaced:
+            if callback not in cast("Any", trainer).callbacks:
+                _name_best(callback, self._best_model_path())
+                cast("Any", trainer).callbacks.append(callback)
+        self._displaced = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Likewise after a failure."""

@@ -133,6 +133,24 @@ class PaperEvaluator(Evaluator):
         # Least and largest ground truth seen, over all processes.
         self._extremes = nn.ModuleDict({key: nn.ModuleList([MinMetric(), MaxMetric()]) for key in GROUND_TRUTH})
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the images of a run that failed."""
+        del trainer, pl_module
+        for metric in cast("list[Metric]", self.val_metrics):
+            metric.reset()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was measured; without masks nothing was."""
+        if all(metric.update_called for metric in cast("list[Metric]", self.val_metrics)):
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the images of a run that failed."""
+        del trainer, pl_module
+        for metrics in (self.test_metrics, *self._extremes.values()):
+            for metric in cast("list[Metric]", metrics):
+                metric.reset()
+
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -202,7 +220,9 @@ def paper_evaluator(validate: bool = False) -> Evaluator:
         ['image_AUROC', 'image_F1Max', 'image_AP', 'image_F1Score']
     """
     return PaperEvaluator(
-        val_metrics=[kind(fields=PIXEL_FIELDS, prefix="pixel_") for kind in (AUROC, AP)] if validate else None,
+        val_metrics=(
+            [kind(fields=PIXEL_FIELDS, prefix="pixel_", strict=False) for kind in (AUROC, AP)] if validate else None
+        ),
         test_metrics=[
             *(kind(fields=IMAGE_FIELDS, prefix="image_", strict=False) for kind in (AUROC, F1Max, AP)),
             F1Score(fields=("pred_label", "gt_label"), prefix="image_", strict=False),

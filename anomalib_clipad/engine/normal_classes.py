@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from anomalib_clipad.components import Scores
-from anomalib_clipad.engine.normal_images import BATCH, MOST_REFERENCES, NormalImages, NormalImagesMixin
+from anomalib_clipad.engine.normal_images import BATCH, MOST_REFERENCES, NormalImages, NormalImagesMixin, evidence_kept
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.products import Products
 from anomalib_clipad.errors import InputError
@@ -32,21 +32,19 @@ class NormalClassesMixin(NormalImagesMixin):
         of_classes = [[path for path in references.paths if number_of.get(path) == n] for n in range(len(names))]
         streams = [references.some(paths).named() for paths in of_classes]
         wanted = [min(len(paths), self.k_shot or len(paths)) if self._wants_references else 0 for paths in of_classes]
-        scored = self._references(streams, wanted) if self._wants_references else []
+        of_references = self._references(streams, wanted) if self._wants_references else []
         if post_processor is None:
             return
-        used = sum(len(scores.text_score) for scores in scored)
+        used, scored = sum(len(scores.text_score) for scores in of_references), iter(of_references)
         if post_processor.false_alarm_rate is not None:
             number_of |= self._numbers(others, by_folder=False)
             total = len(references) - sum(wanted) + len(others)
-            scored += self._score_named(chain(*streams, others.named()), total, number_of)
-        evidence = [scores.defect_evidence for scores in scored if scores.defect_evidence is not None]
+            scored = chain(scored, self._score_named(chain(*streams, others.named()), total, number_of))
+        evidence: list[tuple[torch.Tensor, torch.Tensor]] = []
+        more_follow = self._trainer is not None and bool(self.trainer.validating)
+        post_processor.set_from_normal(self.model, evidence_kept(scored, evidence), used, more_follow)
         if evidence:
-            classes = torch.cat([scores.class_index for scores in scored if scores.class_index is not None])
-            self.model.fit_defect_baseline(torch.cat(evidence), classes)
-        if scored:
-            more_follow = self._trainer is not None and bool(self.trainer.validating)
-            post_processor.set_from_normal(self.model, scored, used, more_follow)
+            self.model.fit_defect_baseline(*(torch.cat(values) for values in zip(*evidence, strict=True)))
 
     def _numbers(self, images: NormalImages, by_folder: bool) -> dict[str, int]:
         """The class of each image, by its path."""

@@ -22,6 +22,7 @@ from anomalib_clipad.components.conformal import check_rate
 from anomalib_clipad.data.readable import ReadableDataset
 from anomalib_clipad.engine.classes import ClassesMixin
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
+from anomalib_clipad.engine.summaries import classes_of
 from anomalib_clipad.errors import InputError, check_flag
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class NormalImages:
     def __init__(self, paths: Sequence[str], transform: Callable[[torch.Tensor], torch.Tensor]) -> None:
         seed = int(os.environ.get(SEED, "0"))
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-        self.paths = tuple(sorted(paths)[index] for index in order)
+        ordered = sorted(paths)
+        self.paths = tuple(ordered[index] for index in order)
         self.transform = transform
 
     @classmethod
@@ -181,8 +183,9 @@ class NormalImagesMixin(ClassesMixin):
                 raise InputError(msg)
             return  # a run without a data module goes on with what an earlier one has set
         key = (self.model.class_names, self.k_shot, references.paths, others.paths)
-        if key == self._normal_key and self.model.references.fitted == self._wants_references:
-            return
+        known = self._normal_key if datamodule is not None or self._normal_key is None else (*self._normal_key[:3], ())
+        if key == known and self.model.references.fitted == self._wants_references:
+            return  # without a data module what its images have set stays
         self._take(references, others, post_processor)
         self._normal_key = key
 
@@ -201,20 +204,20 @@ class NormalImagesMixin(ClassesMixin):
 
     def _take(self, references: NormalImages, others: NormalImages, post_processor: ClipAdPostProcessor | None) -> None:
         images, used = iter(references), 0
-        scored: list[Scores] = []
+        scored: Iterable[Scores] = ()
         if self._wants_references:
             chosen = self._choose(images, len(references))
             used = len(chosen)
             with self._forward_context():
-                scored.append(self.model.set_references(self._batches(chosen), self.augment_references))
+                scored = [self.model.set_references(self._batches(chosen), self.augment_references)]
         if post_processor is None:
             return
         if post_processor.false_alarm_rate is not None:
-            scored += self._score(chain(images, others), len(references) - used + len(others))
-        evidence = [scores.defect_evidence for scores in scored if scores.defect_evidence is not None]
+            scored = chain(scored, self._score(chain(images, others), len(references) - used + len(others)))
+        evidence: list[tuple[torch.Tensor, torch.Tensor]] = []
+        post_processor.set_from_normal(self.model, evidence_kept(scored, evidence), references=used)
         if evidence:
-            self.model.fit_defect_baseline(torch.cat(evidence))
-        post_processor.set_from_normal(self.model, scored, references=used)
+            self.model.fit_defect_baseline(torch.cat([one for one, _ in evidence]))
 
     def _choose(self, images: Iterator[torch.Tensor], available: int) -> list[torch.Tensor]:
         """The references: ``k_shot`` of the images, or all of a folder."""
@@ -254,6 +257,21 @@ class NormalImagesMixin(ClassesMixin):
 
     def _forward_context(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+
+
+def evidence_kept(scored: Iterable[Scores], evidence: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Scores]:
+    """The scores, one batch at a time since maps are large; their words' evidence and classes are added to a list.
+
+    Example:
+        >>> found = []
+        >>> len(list(evidence_kept([Scores(torch.zeros(1, 1, 1), torch.zeros(1), torch.zeros(1))], found))), found
+        (1, [])
+    """
+    for scores in scored:
+        if scores.defect_evidence is not None:
+            known = scores.defect_evidence.flatten(1).isfinite().all(dim=1)
+            evidence.append((scores.defect_evidence[known], classes_of(scores)[known]))
+        yield scores
 
 
 def _as_it_is(image: torch.Tensor) -> torch.Tensor:

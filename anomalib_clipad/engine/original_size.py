@@ -94,9 +94,12 @@ class OriginalMaps(ScoredBatches):
         del number
         if not trainer.predicting:
             return
+        if not batch.image_path:
+            msg = f"output_size {ORIGINAL} looks at the pictures' files, and the data name none; leave it out."
+            raise InputError(msg)
         on_command_line = any(isinstance(one, SaveConfigCallback) for one in cast("Any", trainer).callbacks)
         kept = []
-        for path, (anomaly_map, mask) in zip(batch.image_path or [], _enlarged(batch, model), strict=False):
+        for path, (anomaly_map, mask) in zip(batch.image_path, _enlarged(batch, model), strict=True):
             self._write(run_folder(trainer), path, anomaly_map, mask)
             if not on_command_line:
                 kept.append((anomaly_map, mask))
@@ -117,11 +120,10 @@ class OriginalMaps(ScoredBatches):
 
 def _enlarged(batch: ZeroShotBatch, model: LightningModule) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Map and mask of each picture, one at a time."""
-    if not batch.image_path:
-        msg = f"output_size {ORIGINAL} looks at the pictures' files, and the data name none; leave it out."
-        raise InputError(msg)
     network, post_processor = cast("ZeroShotNetwork", model.model), cast("ClipAdPostProcessor", model.post_processor)
-    for row, (path, small) in enumerate(zip(batch.image_path, cast("torch.Tensor", batch.anomaly_map), strict=True)):
+    for row, (path, small) in enumerate(
+        zip(cast("list[str]", batch.image_path), cast("torch.Tensor", batch.anomaly_map), strict=True)
+    ):
         try:
             with Image.open(path) as picture:  # only the header is read
                 size = picture.size[::-1]

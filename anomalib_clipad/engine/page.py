@@ -100,7 +100,11 @@ class PageWriter(ScoredBatches):
                 for rank in range(1, trainer.world_size):
                     self._join(_part(folder, rank))
                 self._running = False
-                self._write(trainer, model)
+                try:
+                    self._write(trainer, model)
+                except KeyboardInterrupt:
+                    self._running = True  # so that the page is written all the same
+                    raise
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the page of what there is; the error itself is raised anyway."""
@@ -110,7 +114,9 @@ class PageWriter(ScoredBatches):
             return
         why = "interrupted" if isinstance(exception, KeyboardInterrupt) else "ended by an error"
         try:
-            self._write(trainer, pl_module, [f"The run was {why}; the page has the images that were done."])
+            # The others may be waiting for each other, and are not waited for.
+            whose = f" by the first of {trainer.world_size} processes" if trainer.world_size > 1 else ""
+            self._write(trainer, pl_module, [f"The run was {why}; the page has the images that were done{whose}."])
         except (OSError, InputError) as error:
             logger.warning("No page was written (%s).", error)
         self._running = False

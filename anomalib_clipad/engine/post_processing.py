@@ -19,10 +19,17 @@ from anomalib_clipad.components.map_offset import MapOffset
 from anomalib_clipad.components.region import RegionOfPictures
 from anomalib_clipad.components.scores import MapScale, Prediction, Scores
 from anomalib_clipad.data.batch import ZeroShotBatch
-from anomalib_clipad.data.inside import inside_only
-from anomalib_clipad.engine.class_pools import ClassPoolsMixin, Pool, classes_of, may_use_validation, summary_of
+from anomalib_clipad.data.inside import chosen_rows, inside_only
+from anomalib_clipad.engine.class_pools import Pool, may_use_validation
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.engine.threshold_messages import announce, warn_of_degenerate, warn_of_one_label
+from anomalib_clipad.engine.shown_values import ShownValuesMixin
+from anomalib_clipad.engine.summaries import are_numbers, classes_of, summary_of
+from anomalib_clipad.engine.threshold_messages import (
+    announce,
+    warn_of_degenerate,
+    warn_of_no_numbers,
+    warn_of_one_label,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +40,7 @@ STEP = 0.01  # as far below a score as its threshold may look for the next one; 
 ROUNDING = 5e-6
 
 
-class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
+class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
     """anomalib's post-processor, with thresholds from labelled images, from normal ones alone, or from neither.
 
     - Labelled validation images: the thresholds of the best F1.
@@ -108,13 +115,15 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
             references: How many of them are references.
             more_follow: Whether validation images follow.
         """
-        batches = list(scored)
-        summary = torch.cat([summary_of(scores, network.region) for scores in batches])
+        found = [(summary_of(scores, network.region), classes_of(scores)) for scores in scored]
+        if not found:
+            return
+        summary, classes = (torch.cat(values) for values in zip(*found, strict=True))
         is_reference = torch.arange(len(summary), device=summary.device) < references
+        known = are_numbers(summary)
+        summary, classes, is_reference = summary[known], classes[known], is_reference[known]
         self.normal = torch.cat([summary, is_reference[:, None]], dim=1).to(self.normal)
-        self.normal_class = self.normal_class[:0]
-        if len(network.class_names) > 1:
-            self.normal_class = torch.cat([classes_of(scores) for scores in batches]).to(self.normal)
+        self.normal_class = classes.to(self.normal) if len(network.class_names) > 1 else self.normal_class[:0]
         pool = Pool(summary[:0], summary[:0, 0].int(), self.normal, self.normal_class.long())
         self.set_pools(network, pool, None, more_follow)
 
@@ -130,8 +139,15 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         del args, kwargs
         if outputs.gt_label is None or trainer.state.fn == TrainerFn.FITTING:
             return  # nothing to learn a threshold from, or not the data that thresholds are for
-        self._validated.update(summary_of(outputs, self.region))
-        self._labels.update(outputs.gt_label)
+        summary = summary_of(outputs, self.region)
+        known = are_numbers(summary)
+        if not known.all():
+            warn_of_no_numbers(outputs.image_path, known)
+            outputs, summary = chosen_rows(outputs, known), summary[known]
+            if not len(summary):
+                return
+        self._validated.update(summary)
+        self._labels.update(cast("torch.Tensor", outputs.gt_label))
         inside = inside_only(outputs, self._pixel_threshold_metric.fields)
         if len(cast("ZeroShotNetwork", pl_module.model).class_names) > 1:
             self.collect_classes(outputs)
@@ -149,6 +165,11 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         if self._classes.update_called:
             classes = torch.cat([classes, self._classes.compute().reshape(-1).long()])
         self.set_pools(network, Pool(summary, labels, self.normal.to(summary), classes), trainer)
+        self.on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the images of a run that failed."""
+        del trainer, pl_module
         for name in ("_validated", "_labels", "_classes", "_pixel_classes", *METRICS):
             getattr(self, name).reset()
 
@@ -163,7 +184,10 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         """See :meth:`ClassPoolsMixin.set_from`."""
         summary, labels, normal, _ = pool
         given, validated = pool.of_normal, pool.of_validated
-        self._take_offset(network, torch.nan, number)
+        if len(normal) and labels.any() and not self._pixel_threshold_metric.update_called:
+            self._pixel_min_max_metric.reset()  # without masks, those of normal images judge pixels as before
+        else:
+            self._take_offset(network, torch.nan, number)
         if labels.any():
             network.fit_fusion(summary[:, 0], summary[:, 1], number)
             scores = network.fuse(summary[:, 0], summary[:, 1], validated)
@@ -263,28 +287,3 @@ class ClipAdPostProcessor(ClassPoolsMixin, Float32Buffers, PostProcessor):
         if self.enable_normalization:
             score, anomaly_map = shown_score, shown_map
         return InferenceBatch(score, label, anomaly_map, mask)
-
-    def pixel_mask(
-        self, anomaly_map: torch.Tensor, offsets: torch.Tensor | None = None, class_index: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """The mask of a map that :meth:`forward` gave, enlarged; ``None`` where there are to be none."""
-        if not self.enable_thresholding:
-            return None
-        shown = anomaly_map if self.enable_normalization else self._shown_map(anomaly_map, offsets, class_index)
-        return ~(shown <= 1 - self.pixel_sensitivity)
-
-    def _shown_map(
-        self, maps: torch.Tensor, offsets: torch.Tensor | None, class_index: torch.Tensor | None
-    ) -> torch.Tensor:
-        by_rule = maps if self.map_scale is None else self.map_scale.squash(maps)
-        return self._shown("pixel", self.map_offset(maps, offsets, class_index), by_rule, class_index)
-
-    def _shown(
-        self, level: str, values: torch.Tensor, by_rule: torch.Tensor, class_index: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Values in [0, 1], the threshold at 0.5."""
-        # Finite where unknown, since quantisers stumble over branches not taken.
-        limits = self.limits(level, class_index, dims=values.ndim - 1)
-        known = (limit.nan_to_num(value) for limit, value in zip(limits, (0.0, 1.0, 0.5), strict=True))
-        normalised = cast("torch.Tensor", self._normalize(values, *known))
-        return torch.where(limits[-1].isnan(), by_rule, normalised)

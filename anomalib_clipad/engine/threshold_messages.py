@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -56,6 +57,21 @@ def warn_of_one_label(labels: list[torch.Tensor]) -> None:
     count = sum(map(len, labels))
     if count >= FEW and all(bool(batch.all()) for batch in labels):
         logger.warning("All %d images are called anomalous; if they are not, %s.", count, ADVICE)
+
+
+def warn_of_no_numbers(paths: Sequence[str] | None, known: torch.Tensor) -> None:
+    """Name the validation images that no threshold can be made from.
+
+    Args:
+        paths: Of the images.
+        known: (B,) whether their scores are numbers.
+
+    Example:
+        >>> warn_of_no_numbers(["a.png"], torch.tensor([True]))
+    """
+    for path, is_known in zip(paths or ["A validation image"] * len(known), known.tolist(), strict=True):
+        if not is_known:
+            logger.warning("%s has a score that is not a number, so the thresholds are made without it.", path)
 
 
 def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: float, of: str = "") -> None:

@@ -25,7 +25,7 @@ from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.engine.checkpoint import IDENTITY
 from anomalib_clipad.engine.checkpoint_parts import damaged, difference
 from anomalib_clipad.engine.checkpoint_state import OF_CLASSES
-from anomalib_clipad.engine.host import datamodule_of
+from anomalib_clipad.engine.host import RunGuard, datamodule_of
 from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
@@ -85,10 +85,14 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
         if self.trainer.state.fn == TrainerFn.FITTING and getattr(self.evaluator, "val_metrics", None):
             folder = Path(self.trainer.default_root_dir) / "weights" / "lightning"
-            callbacks.append(ModelCheckpoint(folder, "model", monitor="pixel_AP", mode="max", save_weights_only=True))
+            best = ModelCheckpoint(folder, "model", monitor="pixel_AP", mode="max", save_weights_only=True)
             # Resuming needs the latest state, and the optimiser's, at the end of every epoch. Lightning's save_last
             # writes only beside another checkpoint, which save_top_k=0 would never be.
-            callbacks.append(ModelCheckpoint(folder, "last", enable_version_counter=False))
+            last = ModelCheckpoint(folder, "last", enable_version_counter=False)
+            for guard in callbacks:
+                if isinstance(guard, RunGuard):
+                    guard.add_checkpoints(self.trainer, [best, last])
+            callbacks += [best, last]
         return callbacks
 
     @property
@@ -198,6 +202,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
             return
         logger.info("Setting thresholds from %d validation images.", len(data.val_data))
         trainer = self.trainer
+        post_processor.on_validation_epoch_start(trainer, self)
         for number, batch in enumerate(self._validation_batches(data)):
             if isinstance(self.pre_processor, PreProcessor):
                 self.pre_processor.on_validation_batch_start(trainer, self, batch, number)

@@ -26,7 +26,7 @@ BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 def write_thumbnail(
     image: Path, folder: Path, region: np.ndarray | None = None, preview: Preview | None = None
 ) -> str | None:
-    """Write a small copy of an image, in its own shape and as it is stored, unless there is one that is newer.
+    """Write a small copy of an image, in its own shape and as it is stored, unless there is one of it that is newer.
 
     Args:
         image: The image's file, of any of Pillow's formats; deep ones are scaled as the models see them.
@@ -48,7 +48,10 @@ def write_thumbnail(
     name = f"{THUMBNAILS}/{_digest(image)}.jpg"
     path = folder / name
     try:
-        if path.exists() and path.stat().st_mtime > image.stat().st_mtime:
+        found = image.stat()
+        of_region = "" if region is None else hashlib.sha256(region.tobytes()).hexdigest()
+        state = f"{found.st_size} {found.st_mtime_ns} {of_region}"
+        if path.exists() and path.stat().st_mtime > found.st_mtime and _state_of(path) in (None, state):
             return name
         small = (
             read_picture(image, LONGER_SIDE, enlarge=False)
@@ -62,8 +65,18 @@ def write_thumbnail(
         small = dimmed(small, region)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
-        small.save(draft, quality=QUALITY)
+        small.save(draft, quality=QUALITY, comment=state)
     return name
+
+
+def _state_of(thumbnail: Path) -> str | None:
+    """The image that a thumbnail was made of: another file of its name may be an older one."""
+    try:
+        with Image.open(thumbnail) as opened:
+            comment = opened.info.get("comment")
+            return comment.decode() if isinstance(comment, bytes) else None
+    except (OSError, ValueError):
+        return None
 
 
 def write_heat_layer(anomaly_map: np.ndarray, image: Path, folder: Path) -> str:
@@ -97,7 +110,7 @@ def write_heat_layer(anomaly_map: np.ndarray, image: Path, folder: Path) -> str:
 def original_for_browsers(image: Path, folder: Path) -> str | None:
     """Path of an image from a page's folder, if browsers show its file as the models see it.
 
-    They do not if it is of another format, deep, or stored rotated, or on another drive than the page.
+    They do not if it is of another format, deep, animated, or stored rotated, or on another drive than the page.
 
     Example:
         >>> original_for_browsers(image_folder / "a.png", image_folder), original_for_browsers(Path("x.png"), Path())
@@ -106,6 +119,7 @@ def original_for_browsers(image: Path, folder: Path) -> str | None:
     try:
         with Image.open(image) as opened:  # only the header is read
             usual = opened.format in BROWSER_FORMATS and opened.mode not in DEEP
+            usual = usual and not getattr(opened, "is_animated", False)
             return relative_path(image, folder) if usual and not is_rotated(opened, image) else None
     except OSError:
         return None

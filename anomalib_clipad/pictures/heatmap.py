@@ -4,6 +4,7 @@ The colours are matplotlib's inferno, which is perceptually uniform and keeps it
 grey. Their opacity grows with the value, so that a normal image looks as it is.
 """
 
+import math
 from functools import cache
 
 import matplotlib as mpl
@@ -107,15 +108,19 @@ def outline(image: Image.Image, mask: np.ndarray, colour: tuple[int, int, int] =
         >>> drawn.getpixel((0, 0)), drawn.getpixel((5, 5)), drawn.getpixel((10, 5))
         ((128, 128, 128), (128, 128, 128), (0, 0, 0))
     """
-    marked = Image.fromarray(255 * np.asarray(mask).astype(bool).astype(np.uint8))
+    whole = np.asarray(mask).astype(bool)
+    # Where it is reduced, a thin line would vanish: it gets as wide as a pixel of the image.
+    reach = [max(1, math.ceil(side / wanted)) for side, wanted in zip(whole.shape, image.size[::-1], strict=True)]
+    whole = ndimage.maximum_filter(whole, reach, mode="nearest") if max(reach) > 1 else whole
+    marked = Image.fromarray(255 * whole.astype(np.uint8))
     sized = np.asarray(marked.resize(image.size, Image.Resampling.BILINEAR)) >= 128  # bilinear, so without steps
     pixels = np.array(image.convert("RGB"))
     if sized.any():
         rows, columns = (np.flatnonzero(sized.any(axis=axis)) for axis in (1, 0))
         window = tuple(slice(max(int(found[0]) - LINE, 0), int(found[-1]) + LINE + 1) for found in (rows, columns))
-        part, reach = sized[window], 2 * LINE + 1
-        pixels[window][part & ~ndimage.minimum_filter(part, reach, mode="nearest")] = colour
-        pixels[window][ndimage.maximum_filter(part, reach, mode="nearest") & ~part] = (0, 0, 0)
+        part, width = sized[window], 2 * LINE + 1
+        pixels[window][part & ~ndimage.minimum_filter(part, width, mode="nearest")] = colour
+        pixels[window][ndimage.maximum_filter(part, width, mode="nearest") & ~part] = (0, 0, 0)
     return Image.fromarray(pixels)
 
 

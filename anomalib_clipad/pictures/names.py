@@ -35,6 +35,9 @@ class PictureNames:
         # The ending goes where no two images differ in it alone.
         self.by_stem = len({os.path.splitext(path)[0] for path in folded}) == len(images)  # noqa: PTH122
         self.known = frozenset(paths if self.folder else ())
+        # A folder may be called like a picture: a.png/1.png beside a.jpg.
+        inside = (PurePosixPath(self.below(path)) for path in {os.path.dirname(path): path for path in paths}.values())  # noqa: PTH120
+        self.folders = frozenset(str(folder).casefold() for one in inside for folder in one.parents)
 
     def __call__(self, path: str) -> PurePosixPath:
         """Path of an image's picture, relative to the folder of the pictures."""
@@ -43,7 +46,7 @@ class PictureNames:
             return PurePosixPath(*map(_part, inside.parts[:-1]), _part(f"{inside.name}.png"))
         inside = PurePosixPath(self.below(path))
         name = inside.stem if self.by_stem else inside.name
-        if path in self.alike:
+        if path in self.alike or str(inside.with_name(f"{name}.png")).casefold() in self.folders:
             name += f"-{_digest(path)}"
         return PurePosixPath(*map(_part, inside.parts[:-1]), _part(f"{name}.png"))
 

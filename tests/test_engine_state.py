@@ -1,0 +1,189 @@
+"""Nothing of one run gets into the next, and nothing that a run has set is lost by another."""
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.callbacks.checkpoint import ModelCheckpoint
+from lightning.pytorch import Callback
+from PIL import Image
+
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
+from anomalib_clipad.data import AuxiliaryDataModule
+from anomalib_clipad.data.feature_cache import CachedFeatures
+
+from .conftest import auxiliary, fitted, folder, new_engine, weights, write_category, write_good
+from .test_few_shot import BARE, predict
+from .test_products import FOLDERS, mixed
+
+__all__ = ["mixed"]  # a fixture
+
+
+class Fails(Callback):
+    """Ends a run at its second batch of images, as a full memory would."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_validation_batch_start(self, *arguments: object) -> None:
+        if self.stage == "validation" and arguments[3] == 1:
+            raise MemoryError
+
+    def on_test_batch_start(self, *arguments: object) -> None:
+        if self.stage == "test" and arguments[3] == 1:
+            raise MemoryError
+
+
+@pytest.mark.parametrize("stage", ["validation", "test"])
+def test_a_run_that_failed_leaves_nothing_to_the_next(small_clip: str, parts: Path, tmp_path: Path, stage: str) -> None:
+    other = write_category(tmp_path / "other", normal=3, broken=4, size=64)
+    model, fresh = (ClipAdSdp("cup", small_clip, single_pass=False, page=False, visualizer=False) for _ in range(2))
+    with pytest.raises(MemoryError):
+        new_engine(tmp_path, callbacks=[Fails(stage)]).test(model, datamodule=folder(other, eval_batch_size=4))
+    figures = [
+        new_engine(tmp_path).test(one, datamodule=folder(parts, eval_batch_size=4), verbose=False)[0]
+        for one in (model, fresh)
+    ]
+    assert figures[0] == figures[1]
+    for name, value in fresh.post_processor.state_dict().items():
+        torch.testing.assert_close(model.post_processor.state_dict()[name], value, equal_nan=True, rtol=0, atol=0)
+
+
+def test_after_training_an_engine_is_as_it_was(
+    small_clip: str, auxiliary_root: Path, category: Path, tmp_path: Path
+) -> None:
+    model, engine = fitted(small_clip, auxiliary_root, tmp_path)
+    best, last = weights(engine, "model.ckpt"), weights(engine, "last.ckpt")
+    before = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (best, last)]
+    assert engine.best_model_path == str(best)
+    assert len([one for one in engine.trainer.callbacks if isinstance(one, ModelCheckpoint)]) == 1
+    engine.test(model, datamodule=folder(category), verbose=False)
+    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in (best, last)] == before
+    assert engine.best_model_path != str(best)
+    kept = [one for one in engine.trainer.callbacks if isinstance(one, ModelCheckpoint)]
+    assert [one.monitor for one in kept] == [None], "the engine's own, which asks for no figure of ours"
+
+
+def test_trained_layers_are_tested_where_there_are_no_masks(
+    small_clip: str, auxiliary_root: Path, category: Path, tmp_path: Path
+) -> None:
+    model, engine = fitted(small_clip, auxiliary_root, tmp_path)
+    figures = engine.test(model, datamodule=folder(category, mask_dir=None), verbose=False)[0]
+    assert figures.keys() >= {"image_AUROC", "image_F1Score"}
+    assert not [name for name in figures if name.startswith("pixel")]
+
+
+def test_a_prediction_keeps_the_thresholds_of_the_data_before(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    source = write_good(tmp_path / "good", 6, seed=11)
+    model = ClipAdSdp("cup", small_clip, few_shot_source=source, false_alarm_rate=0.1, **BARE)
+    new_engine(tmp_path).test(model, datamodule=folder(parts), verbose=False)
+    before = model.post_processor.good_scores.clone()
+    assert len(before) == 18
+    predict(model, tmp_path, data_path=parts / "test")
+    model.to_torch(tmp_path / "exported")
+    assert torch.equal(model.post_processor.good_scores, before)
+    for path in list(source.iterdir())[:2]:  # other references are another matter
+        path.unlink()
+    predict(model, tmp_path, data_path=parts / "test")
+    assert len(model.post_processor.good_scores) == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("arguments", [{}, {"false_alarm_rate": 0.2}])
+def test_an_image_that_is_not_a_number_sets_no_threshold(
+    small_clip: str, parts: Path, tmp_path: Path, batch_size: int, arguments: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(parts, tmp_path / "parts")
+
+    def thresholds() -> dict[str, torch.Tensor]:
+        model = ClipAdSdp("cup", small_clip, **BARE, **arguments)
+        new_engine(tmp_path).validate(model, datamodule=folder(root, eval_batch_size=batch_size), verbose=False)
+        return dict(model.post_processor.state_dict())
+
+    whole = thresholds()
+    pixels = np.full((48, 48), 0.5, dtype=np.float32)
+    pixels[10, 10] = np.nan
+    for place in ("test/good", "train/good"):
+        Image.fromarray(pixels).save(root / place / "000a.tiff")
+    with caplog.at_level(logging.WARNING, "anomalib_clipad"):
+        found = thresholds()
+    assert "test/good/000a.tiff has a score that is not a number, so the thresholds are made without it." in caplog.text
+    assert whole.keys() == found.keys()
+    for state in (whole, found):  # the draw is another with one image more
+        state["normal"] = state["normal"].sort(dim=0).values
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [3, None])
+def test_a_checkpoint_of_another_smoothing_is_refused(
+    small_clip: str, category: Path, tmp_path: Path, sigma: float | None
+) -> None:
+    engine = new_engine(tmp_path)
+    engine.test(ClipAdSdp("cup", small_clip, sigma=sigma, **BARE), datamodule=folder(category), verbose=False)
+    path = weights(engine, "model.ckpt")
+    with pytest.raises(InputError, match=r"sigma was .*, here it is 2"):
+        new_engine(tmp_path).predict(ClipAdSdp("cup", small_clip, sigma=2, **BARE), data_path=category, ckpt_path=path)
+    same = ClipAdSdp("cup", small_clip, sigma=sigma, **BARE)
+    assert new_engine(tmp_path).predict(same, data_path=category / "test/good", ckpt_path=path)
+    content = torch.load(path, weights_only=True)
+    del content["clip_ad"]["sigma"]  # as earlier versions wrote it
+    torch.save(content, path)
+    assert new_engine(tmp_path).predict(same, data_path=category / "test/good", ckpt_path=path)
+
+
+def test_cached_features_are_those_of_the_model_at_hand(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
+    data = auxiliary(auxiliary_root, cache_features=True)
+
+    def first(model: ClipAdSdpPlus, data: AuxiliaryDataModule) -> torch.Tensor:
+        new_engine(tmp_path, max_epochs=1).fit(model, datamodule=data)
+        assert isinstance(data.train_data, CachedFeatures)
+        assert data.test_data is data.val_data
+        return data.train_data[0].features.original[0]
+
+    models = [ClipAdSdpPlus(backbone=small_clip, layers=layers, visualizer=False) for layers in ([1, 2], [3, 4])]
+    kept = [first(model, data) for model in models]
+    own = first(
+        ClipAdSdpPlus(backbone=small_clip, layers=[3, 4], visualizer=False),
+        auxiliary(auxiliary_root, cache_features=True),
+    )
+    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[1], own)
+
+
+def test_without_masks_normal_images_judge_the_pixels(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    few = ClipAdSdp("cup", small_clip, few_shot_source=parts / "train/good", **BARE)
+    predict(few, tmp_path, data_path=parts / "test")
+    labelled = ClipAdSdp("cup", small_clip, few_shot_source=parts / "train/good", **BARE)
+    new_engine(tmp_path).test(labelled, datamodule=folder(parts, mask_dir=None), verbose=False)
+    for name in ("pixel_threshold", "pixel_min", "pixel_max"):
+        assert getattr(labelled.post_processor, name) == getattr(few.post_processor, name)
+    offset = few.post_processor.map_offset.largest
+    assert offset.isfinite().all()
+    torch.testing.assert_close(labelled.post_processor.map_offset.largest, offset, rtol=0, atol=0)
+    assert labelled.post_processor.image_threshold != few.post_processor.image_threshold
+    masked = ClipAdSdp("cup", small_clip, few_shot_source=parts / "train/good", **BARE)
+    new_engine(tmp_path).test(masked, datamodule=folder(parts), verbose=False)
+    assert masked.post_processor.map_offset.largest.isnan().all()
+
+
+def test_a_class_has_too_few_images_if_those_that_count_are_too_few(
+    small_clip: str, mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(mixed, tmp_path / "mixed")
+    of_plate = sorted(root.glob("train/good/b/*"))
+    assert len(of_plate) >= 3
+    for path in of_plate[1:]:
+        path.unlink()
+    assert len(list(root.glob("test/good/b/*"))) >= 3, "which do not count, since they are tested"
+    model = ClipAdSdp(FOLDERS, small_clip, false_alarm_rate=0.1, **BARE)
+    with caplog.at_level(logging.WARNING, "anomalib_clipad"):
+        new_engine(tmp_path).test(model, datamodule=folder(root), verbose=False)
+    assert (
+        "'plate' has 1 normal image, and thresholds of its own take 3; it has those of all classes together"
+        in caplog.text
+    )
