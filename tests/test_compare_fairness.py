@@ -150,6 +150,7 @@ def test_categories_below_a_folder_of_the_root_are_found(small_clip: str, tmp_pa
         config = {"models": [sdp(small_clip)], "data": data, "output": str(tmp_path / "out")}
         return preflight(CompareJobGenerator("cpu").generate_jobs(config))
 
+    (tmp_path / "iad/elsewhere/toy").mkdir(parents=True)
     with pytest.raises(InputError, match="These data are missing"):
         check()
     (tmp_path / "iad/realiad_256/toy").mkdir(parents=True)

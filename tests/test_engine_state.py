@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import pickle
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.callbacks.checkpoint import ModelCheckpoint
+from anomalib.deploy import TorchInferencer
 from lightning.pytorch import Callback
 from PIL import Image
 
@@ -61,6 +63,9 @@ def test_after_training_an_engine_is_as_it_was(
     before = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (best, last)]
     assert engine.best_model_path == str(best)
     assert len([one for one in engine.trainer.callbacks if isinstance(one, ModelCheckpoint)]) == 1
+    pickle.loads(pickle.dumps(engine.trainer.callbacks))  # as ddp_spawn does
+    engine.test(model, datamodule=folder(category), ckpt_path=best, verbose=False)
+    assert engine.best_model_path == str(best), "of a run that writes none"
     engine.test(model, datamodule=folder(category), verbose=False)
     assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in (best, last)] == before
     assert engine.best_model_path != str(best)
@@ -119,6 +124,17 @@ def test_an_image_that_is_not_a_number_sets_no_threshold(
         torch.testing.assert_close(found[name], value, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoint_of_an_automatic_size_fits_one_of_its_own(small_clip: str, category: Path, tmp_path: Path) -> None:
+    sizes = ("auto", (48, 48))
+    for one, other in (sizes, sizes[::-1]):
+        engine = new_engine(tmp_path)
+        model = ClipAdSdp("cup", small_clip, image_size=one, **BARE)
+        engine.test(model, datamodule=folder(category), verbose=False)
+        path = weights(engine, "model.ckpt")
+        model = ClipAdSdp("cup", small_clip, image_size=model.model.image_size if other != "auto" else other, **BARE)
+        assert new_engine(tmp_path).predict(model, data_path=category / "test/good", ckpt_path=path)
+
+
 @pytest.mark.parametrize("sigma", [3, None])
 def test_a_checkpoint_of_another_smoothing_is_refused(
     small_clip: str, category: Path, tmp_path: Path, sigma: float | None
@@ -169,6 +185,29 @@ def test_without_masks_normal_images_judge_the_pixels(small_clip: str, parts: Pa
     masked = ClipAdSdp("cup", small_clip, few_shot_source=parts / "train/good", **BARE)
     new_engine(tmp_path).test(masked, datamodule=folder(parts), verbose=False)
     assert masked.post_processor.map_offset.largest.isnan().all()
+    new_engine(tmp_path).test(masked, datamodule=folder(parts, mask_dir=None), verbose=False)
+    for name in ("pixel_threshold", "pixel_min", "pixel_max"):
+        assert getattr(masked.post_processor, name) == getattr(few.post_processor, name), "nothing of the masks before"
+    assert masked.post_processor.map_offset.largest == offset
+
+
+def test_data_without_masks_are_measured_after_data_with_masks(small_clip: str, category: Path, tmp_path: Path) -> None:
+    model = ClipAdSdp("cup", small_clip, **BARE)
+    new_engine(tmp_path).test(model, datamodule=folder(category), verbose=False)
+    figures = new_engine(tmp_path).test(model, datamodule=folder(category, mask_dir=None), verbose=False)[0]
+    assert "image_F1Max" in figures
+    assert not [name for name in figures if name.startswith("pixel")]
+
+
+def test_a_class_without_normal_images_that_count_has_the_thresholds_of_all(
+    small_clip: str, mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(mixed, tmp_path / "mixed")
+    shutil.rmtree(root / "test/good/b")
+    model = ClipAdSdp(FOLDERS, small_clip, k_shot=3, **BARE)
+    with caplog.at_level(logging.WARNING, "anomalib_clipad"):
+        new_engine(tmp_path).test(model, datamodule=folder(root), verbose=False)
+    assert "'plate' has 0 normal images, and thresholds of its own take 3" in caplog.text
 
 
 def test_a_class_has_too_few_images_if_those_that_count_are_too_few(
@@ -187,3 +226,32 @@ def test_a_class_has_too_few_images_if_those_that_count_are_too_few(
         "'plate' has 1 normal image, and thresholds of its own take 3; it has those of all classes together"
         in caplog.text
     )
+
+
+def test_normal_images_that_are_tested_are_said(
+    small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings(**arguments: object) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "anomalib_clipad"):
+            model = ClipAdSdp("cup", small_clip, k_shot=2, false_alarm_rate=0.2, **BARE)
+            new_engine(tmp_path).test(model, datamodule=folder(parts, **arguments), verbose=False)
+        return caplog.text
+
+    assert "6 of the 6 normal images are test images, too" in warnings(normal_dir="test/good")
+    assert "are test images" not in warnings()
+
+
+def test_an_exported_file_names_no_images(
+    small_clip: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    model = ClipAdSdp("cup", small_clip, k_shot=2, **BARE)
+    new_engine(tmp_path).test(model, datamodule=folder(parts), verbose=False)
+    table, page = model.table, model.page
+    content = model.to_torch(tmp_path / "exported").read_bytes()
+    assert b"000.png" not in content
+    assert model.table is table, "the model itself goes on as it was"
+    assert model.page is page
+    loaded = TorchInferencer(tmp_path / "exported/weights/torch/model.pt", device="cpu")
+    assert loaded.predict(str(parts / "test/good/000.png")).anomaly_map is not None

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus
 from anomalib_clipad.components import DualPathVisionTransformer
+from anomalib_clipad.components.coreset import coreset
 from anomalib_clipad.data import ReadableDataLoader
 from anomalib_clipad.engine.table import NAME as TABLE
 from anomalib_clipad.sdp import ClipAdSdpModel
@@ -134,3 +135,12 @@ def test_bfloat16_is_near_float32(small_clip: str, image_folder: Path, tmp_path:
         batches = engine.predict(model, data_path=image_folder)
         scores.append(torch.cat([batch.raw_score.cpu() for batch in batches]))
     torch.testing.assert_close(torch.stack(scores[1:]), scores[0].expand(3, -1), atol=0.02, rtol=0)
+
+
+def test_a_coreset_is_the_same_each_time_and_leaves_generators_as_they_were() -> None:
+    patches = torch.randn(60, 2, 8, generator=torch.Generator().manual_seed(0)).half().cuda()
+    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    chosen = [coreset(patches, torch.arange(60, device="cuda"), 20) for _ in range(2)]
+    assert torch.equal(*chosen)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(torch.cuda.get_rng_state(), before[1])

@@ -9,6 +9,7 @@ import torch
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.engine.normal_images import NormalImages
 from anomalib_clipad.errors import InputError
+from anomalib_clipad.sdp import ClipAdSdpModel
 
 from .conftest import ROUNDING, build_model, folder, new_engine
 from .test_products import BARE, FOLDERS, NAMES, mixed
@@ -138,3 +139,17 @@ def test_a_checkpoint_brings_the_references_of_each_class(small_clip: str, mixed
         torch.testing.assert_close(after[path]["pred_score"], one["pred_score"], atol=ROUNDING, rtol=0)
         assert torch.equal(after[path]["pred_label"], one["pred_label"])
         assert after[path]["class_name"] == one["class_name"]
+
+
+def test_outside_of_an_engine_the_first_class_is_the_default(small_clip: str) -> None:
+    network = ClipAdSdpModel(small_clip)
+    network.set_classes(["plate", "tile"])
+    normal = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    network.set_references_of_classes([[normal[:2]], [normal[2:]]])
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    ours, first, second = (
+        network.references(network.reference_tokens(network.taps(images)), index)
+        for index in (None, torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long))
+    )
+    assert torch.equal(ours, first)
+    assert not torch.equal(ours, second)

@@ -206,7 +206,7 @@ class CompareJob(Job):
             start = now()
             self.tell("preparing the model", 0, None)
             if self.images:
-                if data is not None and model.learning_type != LearningType.ONE_CLASS:
+                if hasattr(data, "val_data") and model.learning_type != LearningType.ONE_CLASS:
                     engine.validate(model, datamodule=data, verbose=False)  # for its references and thresholds
                 model.val_dataloader = no_loaders
                 engine.predict(model, data_path=self.images, return_predictions=False)

@@ -223,4 +223,5 @@ def _missing_data(job: CompareJob) -> list[str]:
     category = str(arguments.get("category") or "")
     folder = Path(root, category)
     # VisA and Real-IAD have their categories in a folder of the root.
-    return [] if folder.is_dir() or any(Path(root).glob(f"*/{escape(category)}/")) else [str(folder)]
+    inside = [Path(root, "visa_pytorch", category), *Path(root).glob(f"realiad_*/{escape(category)}")]
+    return [] if any(one.is_dir() for one in (folder, *inside)) else [str(folder)]

@@ -39,8 +39,11 @@ def coreset(patches: torch.Tensor, number: torch.Tensor, size: int) -> torch.Ten
     from anomalib.models.components.sampling import KCenterGreedy
 
     logger.info("Choosing %d of %d patches of the references.", size, len(number))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # which the sampler draws from; torch.manual_seed seeds GPUs, too
+    on_gpu = patches.device.type == "cuda"
+    with torch.random.fork_rng(devices=[patches.device] if on_gpu else []):
+        # The sampler draws on the patches' device; torch.manual_seed would seed all devices.
+        generators = torch.cuda.default_generators if on_gpu else [torch.default_generator]
+        generators[patches.device.index or 0].manual_seed(0)
         random: Any = np.random.RandomState(0)  # scikit-learn takes no newer kind of generator
         projection = SparseRandomProjection(eps=0.9, random_state=random)
         projection.fit(patches[:1].flatten(1).expand(len(number), -1))

@@ -177,7 +177,7 @@ class ReferenceBank(Float32Buffers):
 
         Args:
             original: One (B, N + 1, W) tensor a tap, class token first.
-            class_index: (B,) index of the images' classes, where the bank has several.
+            class_index: (B,) index of the images' classes, where the bank has several; the first one by default.
 
         Returns:
             (B, N) in [0, 1].
@@ -192,14 +192,19 @@ class ReferenceBank(Float32Buffers):
         return torch.stack(distances).mean(dim=0)
 
     def distance(self, tap: int, tokens: torch.Tensor, class_index: torch.Tensor | None = None) -> torch.Tensor:
-        """Distances at one tap, counted from 0: (B, N + 1, W) to (B, N); in float32, also under autocast."""
+        """Distances at one tap, counted from 0: (B, N + 1, W) to (B, N); in float32, also under autocast.
+
+        Of several classes, an image is compared with the first one's patches where there is no ``class_index``.
+        """
         with torch.autocast(tokens.device.type, enabled=False):
             patches = _unit(tokens)
             kinds = torch.stack([patches, neighbourhood_means(patches, self.grid)])[:, None]
             bank = self.bank[:, tap : tap + 1]
-            if class_index is None or not len(self.counts):
+            if not len(self.counts):
                 return self._distance(kinds, bank)
             of_classes = bank.split(self._sizes, dim=2)
+            if class_index is None:
+                return self._distance(kinds, of_classes[0])
             if torch.compiler.is_compiling():  # an exported file compares with all classes, and takes its own
                 of_all = torch.stack([self._distance(kinds, own) for own in of_classes])  # (classes, B, N)
                 return of_all.gather(0, class_index[None, :, None].expand(1, *of_all.shape[1:]))[0]

@@ -182,6 +182,7 @@ class TextEncoder:
         """Unit vectors of the normal and of the anomalous prompts, encoded once where both vectors are asked for."""
         if self._encoded[0] != prompts:
             logger.info("Encoding %d prompts of %r.", sum(map(len, prompts)), class_name)
+            self._encoded = prompts, [self.encode(sentences) for sentences in prompts]
             if cut := [sentence for sentences in prompts for sentence in sentences if not self.fits(sentence)]:
                 logger.warning(
                     "%d prompts of %r are longer than the text tower reads, so their ends are lost: %r; give a shorter "
@@ -190,7 +191,6 @@ class TextEncoder:
                     class_name,
                     max(cut, key=len),
                 )
-            self._encoded = prompts, [self.encode(sentences) for sentences in prompts]
         return self._encoded[1]
 
 

@@ -59,4 +59,5 @@ def deep_pixels(image: Image.Image) -> np.ndarray:
     if isinstance(image, TiffImageFile) and image.tag_v2.get(BITS) == (12,):
         return np.clip(pixels / np.float32(4095), 0, 1)
     # A PNG has at most 16 bits, whichever mode Pillow opens it in; of a PGM Pillow makes 16, whatever it has.
-    return scale_to_unit(pixels, image.mode in SIXTEEN_BIT or image.format in ("PNG", "PPM"))
+    sixteen_bit = image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    return scale_to_unit(pixels, sixteen_bit)

@@ -52,7 +52,7 @@ class CheckpointMixin(ClassesMixin):
             "tiles": None if tile_size is None else [*tile_size, self.model.tile_overlap],
             "region": None if region is None else region.digest,
             "reference_layers": None if references == layers else references,
-            SIGMA: None if self.automatic_size and self.hparams.get(SIGMA) is None else self.model.sigma,
+            SIGMA: self.hparams.get(SIGMA),
         }
 
     @classmethod

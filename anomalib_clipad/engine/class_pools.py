@@ -48,19 +48,14 @@ class Pool(NamedTuple):
 
     Example:
         >>> everything = Pool(torch.zeros(3, 5), torch.tensor([0, 1, 0]), torch.zeros(0, 6), torch.tensor([0, 0, 1]))
-        >>> everything.of(0).normal_images, everything.of(1).labels
-        (1, tensor([0], dtype=torch.int32))
+        >>> everything.of(0).labels, everything.of(1).labels
+        (tensor([0, 1], dtype=torch.int32), tensor([0], dtype=torch.int32))
     """
 
     summary: torch.Tensor
     labels: torch.Tensor
     normal: torch.Tensor
     classes: torch.Tensor
-
-    @property
-    def normal_images(self) -> int:
-        """How many images of it are normal."""
-        return len(self.normal) + int((self.labels == 0).sum())
 
     @property
     def of_normal(self) -> torch.Tensor | None:
@@ -220,8 +215,10 @@ class ClassPoolsMixin(_PostProcessor):
 
     def _usable(self, pool: Pool, trainer: Trainer | None) -> int:
         """How many normal images of a class would set its thresholds."""
-        conformal = self.false_alarm_rate is not None or not pool.labels.any()
-        return len(pool.normal) if conformal and not may_use_validation(trainer, pool.normal) else pool.normal_images
+        validated = int((pool.labels == 0).sum())
+        if self.false_alarm_rate is None and pool.labels.any():
+            return validated
+        return len(pool.normal) + (validated if may_use_validation(trainer, pool.normal) else 0)
 
     def _own(self) -> list[torch.Tensor]:
         """The scalars of one class, in the order of :class:`ClassLimits`."""

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 OPSET = 18  # the oldest that torch's exporter writes itself; anomalib's 14 is tried, fails loudly and is given up
 ONNX_PACKAGES = ("onnx", "onnxscript")
 TALKATIVE = ("onnxscript", "onnx_ir")  # a thousand lines an export
+OF_RUNS = ("table", "page", "original_maps", "_statistics", "_normal_key")
 LARGEST_ONNX = 1536 * 2**20  # bytes of weights in one file, as torch's exporter has it, whatever it is told
 DRAFT = ".export-"
 ROOM = 1 << 20  # bytes free on a disk that is not the reason why a file could not be written
@@ -77,10 +78,16 @@ class WholeExportMixin(ExportMixin):
         logger.info("Writing the file for torch.")
         network = cast("Any", self.model)
         encoder, network.text_encoder = network.text_encoder, None  # the text tower has done its work
+        # What a run has left, with the names of all its images, is no part of a model.
+        left = {name: getattr(self, name) for name in OF_RUNS if hasattr(self, name)}
+        for name, value in left.items():
+            setattr(self, name, {} if isinstance(value, dict) else None)
         try:
             return _write(export_root, lambda folder: super(WholeExportMixin, self).to_torch(folder, model_file_name))
         finally:
             network.text_encoder = encoder
+            for name, value in left.items():
+                setattr(self, name, value)
 
     def to_onnx(
         self,

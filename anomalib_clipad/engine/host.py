@@ -5,6 +5,7 @@ A run enters them through :class:`RunGuard`, which also ends them when the run f
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 from anomalib.callbacks.checkpoint import ModelCheckpoint
@@ -15,6 +16,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
@@ -159,15 +161,16 @@ def no_validation(trainer: Trainer) -> Iterator[None]:
 
 
 def _name_best(callback: ModelCheckpoint, path: str) -> None:
-    """Let an engine's checkpoint name the best of a run until the next one, which would write over what it names."""
+    """Let an engine's checkpoint name the best of a run until the next that writes one, over what is named."""
+    callback.best_model_path = path
+    callback.setup = partial(_set_up_anew, callback)  # type: ignore[method-assign]  # until then
 
-    def setup(*arguments: Any, **named: Any) -> None:  # noqa: ANN401 - Lightning's
+
+def _set_up_anew(callback: ModelCheckpoint, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    if stage in (TrainerFn.FITTING, TrainerFn.VALIDATING):
         del callback.setup
         callback.best_model_path = ""
-        callback.setup(*arguments, **named)
-
-    callback.best_model_path = path
-    callback.setup = setup  # type: ignore[method-assign]  # for one run
+    type(callback).setup(callback, trainer, pl_module, stage)
 
 
 class RunGuard(Callback):
@@ -187,14 +190,14 @@ class RunGuard(Callback):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._stack = ExitStack()
         self._ours = {id(callback) for callback in (self, *callbacks)}
-        self._displaced: list[ModelCheckpoint] = []
+        self._displaced: list[Checkpoint] = []
         self._best_model_path: Callable[[], str] = str
 
-    def add_checkpoints(self, trainer: Trainer, callbacks: Sequence[ModelCheckpoint]) -> None:
+    def add_checkpoints(self, trainer: Trainer, own: Sequence[ModelCheckpoint]) -> None:
         """Take checkpoints of this run alone among the model's callbacks; the first one keeps the best."""
-        self._best_model_path = lambda: callbacks[0].best_model_path
-        self._ours |= {id(callback) for callback in callbacks}
-        self._displaced = [one for one in cast("Any", trainer).callbacks if isinstance(one, ModelCheckpoint)]
+        self._best_model_path = lambda: own[0].best_model_path
+        self._ours |= {id(callback) for callback in own}
+        self._displaced = [one for one in cast("Any", trainer).callbacks if isinstance(one, Checkpoint)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the trainer."""
@@ -215,7 +218,8 @@ class RunGuard(Callback):
         _keep_callbacks(trainer, lambda callback: id(callback) not in self._ours)
         for callback in self._displaced:
             if callback not in cast("Any", trainer).callbacks:
-                _name_best(callback, self._best_model_path())
+                if isinstance(callback, ModelCheckpoint):
+                    _name_best(callback, self._best_model_path())
                 cast("Any", trainer).callbacks.append(callback)
         self._displaced = []
 

@@ -50,6 +50,11 @@ class F1Max(InsideMixin, anomalib_metrics.F1Max):  # type: ignore[misc]  # anoma
         'F1Max'
     """
 
+    def reset(self) -> None:
+        """Forget what was seen, also that anything was, which anomalib's goes on to say."""
+        super().reset()
+        Metric.reset(self)
+
 
 class F1Score(InsideMixin, anomalib_metrics.F1Score):  # type: ignore[misc]  # as above
     """anomalib's, inside a batch's region.

@@ -44,9 +44,7 @@ class ZeroShotNetwork(Protocol):
         tile_size: Height and width of the tiles that the input is cut into; ``None`` if it is not.
         tile_overlap: Share of a tile that the next one covers, too.
         region: What of the input is looked at.
-        sigma: Standard deviation of the maps' smoothing, in pixels.
-        sigma: float
-    mean: Mean of the input's channels.
+        mean: Mean of the input's channels.
         std: Standard deviation of the input's channels.
     """
 
@@ -66,7 +64,6 @@ class ZeroShotNetwork(Protocol):
     tile_size: tuple[int, int] | None
     tile_overlap: float
     region: RegionOfPictures
-    sigma: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 

@@ -23,6 +23,7 @@ from anomalib_clipad.data.readable import ReadableDataset
 from anomalib_clipad.engine.classes import ClassesMixin
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.summaries import classes_of
+from anomalib_clipad.engine.threshold_messages import warn_of_tested
 from anomalib_clipad.errors import InputError, check_flag
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ class NormalImagesMixin(ClassesMixin):
         known = self._normal_key if datamodule is not None or self._normal_key is None else (*self._normal_key[:3], ())
         if key == known and self.model.references.fitted == self._wants_references:
             return  # without a data module what its images have set stays
+        warn_of_tested((*references.paths, *others.paths), tested_paths(datamodule))
         self._take(references, others, post_processor)
         self._normal_key = key
 
@@ -257,6 +259,17 @@ class NormalImagesMixin(ClassesMixin):
 
     def _forward_context(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+
+
+def tested_paths(datamodule: AnomalibDataModule | None) -> list[str]:
+    """The files of a data module's test images.
+
+    Example:
+        >>> len(tested_paths(widgets))
+        7
+    """
+    samples = getattr(getattr(datamodule, "test_data", None), "samples", None)
+    return [] if samples is None else [str(path) for path in samples.image_path]
 
 
 def evidence_kept(scored: Iterable[Scores], evidence: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Scores]:

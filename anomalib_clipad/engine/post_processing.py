@@ -30,6 +30,7 @@ from anomalib_clipad.engine.threshold_messages import (
     warn_of_no_numbers,
     warn_of_one_label,
 )
+from anomalib_clipad.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         self.map_offset = MapOffset()
         self._validated, self._labels = CatMetric(), CatMetric()
         self._given: list[torch.Tensor] = []  # labels of this run
+        self._left_out = False  # whether images of this validation score no number
 
     def set_from_normal(
         self, network: ZeroShotNetwork, scored: Iterable[Scores], references: int, more_follow: bool = False
@@ -144,6 +146,7 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         if not known.all():
             warn_of_no_numbers(outputs.image_path, known)
             outputs, summary = chosen_rows(outputs, known), summary[known]
+            self._left_out = True
             if not len(summary):
                 return
         self._validated.update(summary)
@@ -157,6 +160,11 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the score ranges fitted, and set the thresholds."""
         if not self._labels.update_called:
+            if self._left_out and trainer.world_size > 1:  # the others would wait for this one for ever
+                msg = (
+                    "No validation image of one process has a score that is a number; replace them, or use one process."
+                )
+                raise InputError(msg)
             return
         network = cast("ZeroShotNetwork", pl_module.model)
         summary = self._validated.compute().reshape(-1, 5)
@@ -170,6 +178,7 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the images of a run that failed."""
         del trainer, pl_module
+        self._left_out = False
         for name in ("_validated", "_labels", "_classes", "_pixel_classes", *METRICS):
             getattr(self, name).reset()
 
@@ -184,10 +193,8 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         """See :meth:`ClassPoolsMixin.set_from`."""
         summary, labels, normal, _ = pool
         given, validated = pool.of_normal, pool.of_validated
-        if len(normal) and labels.any() and not self._pixel_threshold_metric.update_called:
-            self._pixel_min_max_metric.reset()  # without masks, those of normal images judge pixels as before
-        else:
-            self._take_offset(network, torch.nan, number)
+        has_masks = self._pixel_threshold_metric.update_called
+        self._take_offset(network, torch.nan, number)
         if labels.any():
             network.fit_fusion(summary[:, 0], summary[:, 1], number)
             scores = network.fuse(summary[:, 0], summary[:, 1], validated)
@@ -208,6 +215,9 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
                 self._take_offset(network, float(normal[:, 4].max()), number)
         elif len(normal):
             self.good_scores = (network.fuse(normal[:, 0], normal[:, 1], given) + ROUNDING).sort().values
+            if not has_masks:
+                self._set_pixels(normal)
+                self._take_offset(network, float(normal[:, 4].max()), number)
 
     def _between_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         if self.enable_thresholding and not labels.all():
@@ -227,16 +237,20 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
             )
             return
         scores = network.fuse(normal[:, 0], normal[:, 1], class_index) + ROUNDING
-        image, pixel = (conformal_threshold(values, self.false_alarm_rate) for values in (scores, normal[:, 2]))
+        image = conformal_threshold(scores, self.false_alarm_rate)
         self.good_scores = scores.sort().values.to(self.good_scores.device)
         low, high = network.score_limits
         reach = max(min(image.value - low, high - image.value), STEP)
         self._set("image", image.value, reach)
+        self._set_pixels(normal)
+        if of is not None:
+            announce(image, self.false_alarm_rate, int(normal[:, 5].sum()), of)
+
+    def _set_pixels(self, normal: torch.Tensor) -> None:
+        pixel = conformal_threshold(normal[:, 2], self.false_alarm_rate)
         # Most pixels of a normal image are shown as 0.
         spread = max(pixel.value - float(normal[:, 3].mean()), torch.finfo().tiny)
         self._set("pixel", pixel.value + ROUNDING * spread, spread)
-        if of is not None:
-            announce(image, self.false_alarm_rate, int(normal[:, 5].sum()), of)
 
     def _take_offset(self, network: ZeroShotNetwork, largest: float, number: int | None) -> None:
         self.map_offset.take(largest, max(1, len(network.class_names)), number)

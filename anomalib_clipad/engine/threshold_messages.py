@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
@@ -72,6 +73,26 @@ def warn_of_no_numbers(paths: Sequence[str] | None, known: torch.Tensor) -> None
     for path, is_known in zip(paths or ["A validation image"] * len(known), known.tolist(), strict=True):
         if not is_known:
             logger.warning("%s has a score that is not a number, so the thresholds are made without it.", path)
+
+
+def warn_of_tested(normal: Sequence[str], tested: Sequence[str]) -> None:
+    """Say where normal images are test images, too: a reference finds itself there.
+
+    Args:
+        normal: Paths of references, and of normal images that set thresholds.
+        tested: Paths of the test images.
+
+    Example:
+        >>> warn_of_tested(["good/1.png"], ["test/1.png"])
+    """
+    known = {os.path.realpath(path) for path in tested} if normal else set()
+    if shared := sum(os.path.realpath(path) in known for path in normal):
+        logger.warning(
+            "%d of the %d normal images are test images, too, so the figures of a test are too good; give others, by "
+            "normal_dir or few_shot_source.",
+            shared,
+            len(normal),
+        )
 
 
 def warn_of_degenerate(scores: torch.Tensor, labels: torch.Tensor, threshold: float, of: str = "") -> None:
