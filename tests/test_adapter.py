@@ -156,3 +156,14 @@ def test_arguments_of_another_kind_are_refused(tmp_path: Path, wrong: object) ->
         save_adapter(wrong, tmp_path / "b.safetensors")
     with pytest.raises(InputError, match="adapter must be the path|does not exist"):
         load_adapter(layers(), wrong)
+
+
+def test_layers_that_are_not_finite_replace_no_file(tmp_path: Path) -> None:
+    layers = nn.ModuleList([nn.Linear(4, 3)])
+    save_adapter(layers, tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with torch.no_grad():
+        layers[0].bias[1] = torch.nan
+    with pytest.raises(InputError, match="not finite, so they are not saved"):
+        save_adapter(layers, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == before

@@ -255,3 +255,31 @@ def test_an_exported_file_names_no_images(
     assert model.page is page
     loaded = TorchInferencer(tmp_path / "exported/weights/torch/model.pt", device="cpu")
     assert loaded.predict(str(parts / "test/good/000.png")).anomaly_map is not None
+
+
+def test_a_state_dict_brings_its_size_or_is_refused(small_clip: str, tmp_path: Path) -> None:
+    write_good(tmp_path / "good", 3)
+    for path in (tmp_path / "good").iterdir():
+        Image.open(path).resize((90, 40)).save(path)
+    arguments = {"few_shot_source": str(tmp_path / "good"), "image_size": "auto", **BARE}
+    model = ClipAdSdp("cup", small_clip, **arguments)
+    predict(model, tmp_path, data_path=tmp_path / "good")
+    assert model.model.image_size == (24, 40)
+    same = ClipAdSdp("cup", small_clip, **arguments)
+    same.load_state_dict(model.state_dict())
+    pictures = torch.rand(1, 3, 40, 90, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(same.eval()(pictures).pred_score, model.eval()(pictures).pred_score)
+    with pytest.raises(InputError, match=r"image_size \[24, 40\], and this one has \[32, 32\]"):
+        ClipAdSdp("cup", small_clip).load_state_dict(model.state_dict())
+
+
+def test_a_test_without_validation_keeps_a_checkpoint(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    arguments = {"k_shot": 3, "false_alarm_rate": 0.2, **BARE}
+    model, engine = ClipAdSdp("cup", small_clip, **arguments), new_engine(tmp_path)
+    engine.test(model, datamodule=folder(parts, val_split_mode="none"), verbose=False)
+    path = weights(engine, "model.ckpt")
+    assert engine.best_model_path == str(path)
+    expected = predict(model, tmp_path, data_path=parts / "test")
+    found = predict(ClipAdSdp("cup", small_clip, **arguments), tmp_path, data_path=parts / "test", ckpt_path=path)
+    assert torch.equal(found["pred_score"], expected["pred_score"])
+    assert torch.equal(found["p_value"], expected["p_value"])

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from anomalib_clipad import ClipAdSdp
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 from anomalib_clipad.components import DualPathVisionTransformer, attention
 from anomalib_clipad.engine import precision as speeds
 
-from .conftest import build_model, make_clip, new_engine
+from .conftest import auxiliary, build_model, folder, make_clip, new_engine, weights, write_good
 
 RAW = {"class_name": "widget", "post_processor": False, "visualizer": False}
 
@@ -87,3 +87,61 @@ def test_a_precision_that_is_slower_here_is_said_once(
     assert ("6.0 times as long" in caplog.text) == warned
     new_engine(tmp_path).predict(model, data_path=image_folder)
     assert caplog.text.count("slower than float32") == int(warned)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_checkpoint_of_half_precision_is_read_in_any(
+    small_clip: str, category: Path, tmp_path: Path, precision: str
+) -> None:
+    model = build_model("ClipAdSdpPlus", small_clip, tmp_path, visualizer=False)
+    engine = new_engine(tmp_path, precision=precision)
+    engine.test(model, datamodule=folder(category), verbose=False)
+    path = weights(engine, "model.ckpt")
+    expected = new_engine(tmp_path, precision=precision).predict(model, data_path=category / "test/good")
+    other = ClipAdSdpPlus(backbone=small_clip, visualizer=False)
+    found = new_engine(tmp_path, precision=precision).predict(other, data_path=category / "test/good", ckpt_path=path)
+    for one, same in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.pred_score, same.pred_score, atol=1e-5, rtol=0)
+    exact = new_engine(tmp_path).predict(
+        ClipAdSdpPlus(backbone=small_clip, visualizer=False), data_path=category / "test/good", ckpt_path=path
+    )
+    for one, near in zip(exact, expected, strict=True):
+        torch.testing.assert_close(one.pred_score, near.pred_score.float(), atol=0.05, rtol=0)
+    assert ClipAdSdpPlus.load_from_checkpoint(path).trained
+
+
+def test_training_in_bfloat16_is_resumed(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
+    model, engine = (
+        ClipAdSdpPlus(backbone=small_clip, visualizer=False),
+        new_engine(tmp_path, max_epochs=1, precision="bf16-true"),
+    )
+    engine.fit(model, datamodule=auxiliary(auxiliary_root))
+    again = ClipAdSdpPlus(backbone=small_clip, visualizer=False)
+    longer = new_engine(tmp_path / "again", max_epochs=2, precision="bf16-true")
+    longer.fit(again, datamodule=auxiliary(auxiliary_root), ckpt_path=weights(engine, "last.ckpt"))
+    assert longer.trainer.current_epoch == 2
+
+
+def test_training_in_float16_is_refused(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path, max_epochs=1, precision="16-true")
+    with pytest.raises(InputError, match="16-true the layers of SDP\\+ become NaN; train with bf16-true"):
+        engine.fit(ClipAdSdpPlus(backbone=small_clip, visualizer=False), datamodule=auxiliary(auxiliary_root))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("names", ["cup", ["cup", "nut"]], ids=str)
+def test_references_and_their_choice_work_in_any_precision(
+    small_clip: str, tmp_path: Path, precision: str, names: str | list[str]
+) -> None:
+    for number, name in enumerate(("cup", "nut")):
+        write_good(tmp_path / "good" / name, 3, seed=number)
+    arguments = {"few_shot_source": str(tmp_path / "good"), "max_references": 10, "visualizer": False}
+    scores = [
+        new_engine(tmp_path, precision=one).predict(
+            ClipAdSdp(names, small_clip, **arguments), data_path=tmp_path / "good"
+        )
+        for one in ("32-true", precision)
+    ]
+    for exact, near in zip(*scores, strict=True):
+        torch.testing.assert_close(near.pred_score.float(), exact.pred_score, atol=0.1, rtol=0)
+    assert torch.get_default_dtype() == torch.float32

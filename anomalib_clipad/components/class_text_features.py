@@ -36,6 +36,7 @@ class ClassTextFeatures(Float32Buffers):
 
     growing = ("text_features",)
 
+    image_size: tuple[int, int]
     text_features: torch.Tensor
     text_encoder: TextEncoder | None  # absent in an exported model
 
@@ -106,9 +107,9 @@ class ClassTextFeatures(Float32Buffers):
             self.defect_names.encode(self.class_names, self.text_encoder)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What a state dict keeps beside tensors: the classes of the text vectors, and words for defects."""
-        words = self.defect_names.words
-        return {"class_names": list(self.class_names), **({"defects": list(map(list, words))} if words else {})}
+        """What a state dict keeps beside tensors: the classes of the text vectors, words for defects, and the size."""
+        words = {"defects": list(map(list, self.defect_names.words))} if self.defect_names.words else {}
+        return {"class_names": list(self.class_names), **words, "image_size": list(self.image_size)}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take over the classes and words of a state dict."""

@@ -1,6 +1,8 @@
 """A choice of some patches that are spread over all there are."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +42,7 @@ def coreset(patches: torch.Tensor, number: torch.Tensor, size: int) -> torch.Ten
 
     logger.info("Choosing %d of %d patches of the references.", size, len(number))
     on_gpu = patches.device.type == "cuda"
-    with torch.random.fork_rng(devices=[patches.device] if on_gpu else []):
+    with torch.random.fork_rng(devices=[patches.device] if on_gpu else []), _float32_by_default():
         # The sampler draws on the patches' device; torch.manual_seed would seed all devices.
         generators = torch.cuda.default_generators if on_gpu else [torch.default_generator]
         generators[patches.device.index or 0].manual_seed(0)
@@ -73,3 +75,14 @@ def _projected(patches: torch.Tensor, projection: "SparseRandomProjection") -> t
     """Features of patches: (m, taps, W) to (m, F)."""
     units = F.normalize(patches.float(), dim=-1).flatten(1)
     return projection.transform(units) if projection.n_components < units.shape[1] else units
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Whatever a run's precision: anomalib's projection draws in the default type."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)

@@ -82,11 +82,11 @@ class ReferenceBank(Float32Buffers):
     def join(self, banks: Sequence["ReferenceBank"]) -> None:
         """Take over the patches of several classes, one bank of them each."""
         self.counts = torch.tensor([len(bank.patches) for bank in banks], device=self.counts.device)
-        self.patches = torch.cat([bank.patches for bank in banks])
         some_chosen = any(len(bank.means) for bank in banks)
         means = [bank.bank[1].transpose(0, 1).half() if some_chosen else bank.means for bank in banks]
-        self.means = torch.cat(means)
-        self._prepare()
+        with torch.autocast(self.patches.device.type, enabled=False):  # which joins no tensors in half precision
+            self.patches, self.means = torch.cat([bank.patches for bank in banks]), torch.cat(means)
+            self._prepare()
 
     def half_patches(self, original: Sequence[torch.Tensor]) -> torch.Tensor:
         """What :meth:`fit_patches` takes of images: (B * N, taps, W) unit vectors in half precision.

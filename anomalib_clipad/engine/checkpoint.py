@@ -18,7 +18,7 @@ from anomalib_clipad.engine.classes import ClassesMixin
 from anomalib_clipad.engine.products import Products
 from anomalib_clipad.errors import InputError
 
-SIGMA = "sigma"
+SIGMA, SIZE = "sigma", "image_size"
 IDENTITY = "clip_ad"  # key of our part of a checkpoint
 # Not saved: CLIP comes from its own weights, the metrics from the arguments.
 NOT_SAVED = ("model.visual.", "evaluator.")
@@ -72,6 +72,15 @@ class CheckpointMixin(ClassesMixin):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as torch has it
         """Load a state dict, also one without the CLIP, as checkpoints have it."""
+        extra = state_dict.get(EXTRA_STATE)
+        size = extra.get(SIZE) if isinstance(extra, Mapping) else None
+        if self.automatic_size and size is not None:
+            self.restore_size({SIZE: size})
+        elif size not in (None, list(self.model.image_size)):
+            msg = (
+                f"The state dict is of a model with image_size {size}, and this one has {list(self.model.image_size)}."
+            )
+            raise InputError(msg)
         own = {key: value for key, value in self.state_dict().items() if key.startswith((*NOT_SAVED, EXTRA_STATE))}
         return super().load_state_dict({**own, **as_written_today(state_dict)}, *args, **kwargs)
 

@@ -21,6 +21,7 @@ CHOICE, LIMITS, OFFSET = "model.class_choice.vectors", "post_processor.of_class.
 MAY_BE_NAN = ("model.fusion.", "post_processor.")
 # Of any number, and of values that earlier versions did not have.
 SCORES_OF_NORMAL = ("post_processor.good_scores", "post_processor.normal")
+LAYERS = "model.adapter."  # which a run has in its own precision
 BANKS = ("model.references.", "model.tile_references.")
 WORDS = tuple(f"model.defect_names.{name}" for name in ("directions", "baseline.mean"))
 GROWING = (
@@ -49,6 +50,9 @@ def as_written_today(state: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(moved.get(key), torch.Tensor) and moved[key].ndim == 1:
             moved[key] = moved[key][None]
     with_offsets(moved, "post_processor.")
+    for key, value in moved.items():
+        if key.startswith(LAYERS) and isinstance(value, torch.Tensor) and value.is_floating_point():
+            moved[key] = value.float()  # of a run whose precision was half
     return moved
 
 

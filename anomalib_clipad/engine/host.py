@@ -211,6 +211,20 @@ class RunGuard(Callback):
         if stage == "validate" and datamodule is not None and not hasattr(datamodule, "val_data"):
             self._stack.enter_context(no_validation(trainer))
 
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the checkpoint that anomalib writes after validation, where there was none."""
+        datamodule = datamodule_of(trainer)
+        if datamodule is None or hasattr(datamodule, "val_data") or getattr(pl_module, "restored", False):
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
+                version, path = 0, callback.format_checkpoint_name({})
+                while callback.file_exists(path, trainer):
+                    version += 1
+                    path = callback.format_checkpoint_name({}, ver=version)
+                trainer.save_checkpoint(path)
+                callback.best_model_path = path
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
         del pl_module, stage

@@ -119,6 +119,9 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
                 "sdp_plus_train_visa.yaml."
             )
             raise InputError(msg)
+        if self.trainer.precision == "16-true":
+            msg = "In precision 16-true the layers of SDP+ become NaN; train with bf16-true, bf16-mixed or 32-true."
+            raise InputError(msg)
         if self.model.region.given is not None:
             msg = (
                 "SDP+ is trained on whole pictures, since its layers look at single patches; train without region, and "

@@ -90,7 +90,7 @@ def save_adapter(layers: nn.ModuleList, path: str | PathLike[str], /, **metadata
         **metadata: Plain data kept in the file's header, such as ``backbone`` or ``trained_on``.
 
     Raises:
-        InputError: If the file cannot be written, or the metadata are not plain data.
+        InputError: If the file cannot be written, the layers are not finite, or the metadata are not plain data.
 
     Example:
         >>> save_adapter(nn.ModuleList([nn.Linear(4, 3)]), "adapter.safetensors", backbone="ViT-B-32")
@@ -100,6 +100,9 @@ def save_adapter(layers: nn.ModuleList, path: str | PathLike[str], /, **metadata
         msg = f"path must be that of a file to write, got {path!r}."
         raise InputError(msg)
     state = {PREFIX + key: value.detach().cpu().contiguous() for key, value in layers.state_dict().items()}
+    if not all(value.isfinite().all() for value in state.values()):
+        msg = "The layers have values that are not finite, so they are not saved; train them with a smaller lr."
+        raise InputError(msg)
     try:
         header = {key: json.dumps(value) for key, value in metadata.items()}
     except (TypeError, ValueError, RecursionError) as error:
