@@ -265,8 +265,8 @@ def tested_paths(datamodule: AnomalibDataModule | None) -> list[str]:
     """The files of a data module's test images.
 
     Example:
-        >>> len(tested_paths(widgets))
-        7
+        >>> tested_paths(widgets)  # before it was set up
+        []
     """
     samples = getattr(getattr(datamodule, "test_data", None), "samples", None)
     return [] if samples is None else [str(path) for path in samples.image_path]
