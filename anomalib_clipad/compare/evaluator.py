@@ -19,10 +19,10 @@ from anomalib_clipad.compare.map_stream import MapStream
 from anomalib_clipad.compare.scale import Scale
 from anomalib_clipad.components import Region
 from anomalib_clipad.components.defect_words import UNSPECIFIED
-from anomalib_clipad.data.inside import cut_ground_truth, inside_only
+from anomalib_clipad.data.inside import cut_ground_truth
 from anomalib_clipad.data.picture_shape import check_pictures
 from anomalib_clipad.engine.defect_naming import NOT_CALLED, UNKNOWN
-from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, paper_metrics
+from anomalib_clipad.engine.metrics import IMAGE_FIELDS, PIXEL_FIELDS, GroundTruthKinds, paper_metrics
 from anomalib_clipad.engine.naming_metrics import NAMING_FIELDS
 from anomalib_clipad.errors import InputError
 
@@ -84,7 +84,7 @@ class CompareEvaluator(Evaluator):
         self.map_offsets: list[float | None] = []  # of each map of our models
         self.stream = MapStream(map_size, folder)
         self.figures: dict[str, float] = {}
-        self.kinds: dict[str, set[bool]] = {field: set() for field in ("gt_label", "gt_mask")}  # of ground truth seen
+        self.kinds = GroundTruthKinds()
         self.seconds = self.validation_seconds = 0.0
         self.validated = 0
 
@@ -139,8 +139,7 @@ class CompareEvaluator(Evaluator):
         measured: Any = SimpleNamespace(**dict(zip((*IMAGE_FIELDS, *PIXEL_FIELDS, "region"), values, strict=True)))
         cut_ground_truth(measured)
         labels, masks = measured.gt_label, measured.gt_mask
-        for truth, field in ((labels, IMAGE_FIELDS[1]), (inside_only(measured, ["gt_mask"]).gt_mask, PIXEL_FIELDS[1])):
-            self.kinds[field] |= set() if truth is None else set(truth.bool().unique().tolist())
+        self.kinds.update(measured)
         for metric in self.measured:
             metric.update(measured)
         self.paths += paths
@@ -157,12 +156,9 @@ class CompareEvaluator(Evaluator):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the figures; the trainer could not log them, since they are no part of the model."""
         self.on_predict_epoch_end(trainer, pl_module)
-        self.figures = {
-            metric.name: float(metric.compute())
-            for metric in self.measured
-            # Of normal images only, or of anomalous ones only, there is nothing to tell apart.
-            if metric.update_called and len(self.kinds[metric.fields[1]]) > 1
-        }
+        one_kind = self.kinds.of_one_kind()
+        defined = [one for one in self.measured if one.update_called and one.fields[1] not in one_kind]
+        self.figures = {metric.name: float(metric.compute()) for metric in defined}
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the words of the last batch."""
@@ -192,8 +188,8 @@ class CompareEvaluator(Evaluator):
     @property
     def only_kind(self) -> dict[str, str]:
         """For a job's row, where all images are of one kind."""
-        kinds = self.kinds["gt_label"]
-        return {"only": "anomalous" if True in kinds else "normal"} if len(kinds) == 1 else {}
+        kinds = {label for label in self.labels if label is not None}
+        return {"only": "anomalous" if kinds.pop() else "normal"} if len(kinds) == 1 else {}
 
     @property
     def skipped(self) -> list[str]:

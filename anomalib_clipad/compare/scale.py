@@ -140,12 +140,11 @@ def choose_scales(
 
     def of(rows: np.ndarray, number: int | None) -> Scales:
         values = limits[rows].T.flatten()
-        no_maps = np.isnan(values).all()
-        return Scales(
-            _of_model(post_processor, "image", score[rows], number) or _of_images(score[rows], good[rows]),
-            (None if no_maps else _of_model(post_processor, "pixel", values, number))
-            or _of_images(values, np.tile(good[rows], 2)),
-        )
+        of_score = _of_model(post_processor, "image", score[rows], number) or _of_images(score[rows], good[rows])
+        if np.isnan(values).all():
+            return Scales(of_score, Scale(0.0, 0.0, 0.0, NOTHING))
+        of_map = _of_model(post_processor, "pixel", values, number) or _of_images(values, np.tile(good[rows], 2))
+        return Scales(of_score, of_map)
 
     whole = of(np.full(len(score), fill_value=True), None)
     if len(class_names) < 2:
@@ -193,8 +192,6 @@ def _of_images(values: np.ndarray, good: np.ndarray) -> Scale:
     """The largest value of good images becomes 0.5, the lowest 0; of all images where none is known to be good."""
     chosen, source = (values[good], GOOD) if good.any() else (values, ALL)
     low, high = _finite(chosen).min(initial=math.inf), _finite(chosen).max(initial=-math.inf)
-    if np.isnan(chosen).all():
-        source = NOTHING
     if low > high:  # no finite value
         low = high = 0.0
     return Scale(float(high), float(low), float(2 * high - low), source)

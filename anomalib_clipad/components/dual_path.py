@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from anomalib_clipad.components.attention import attend
 from anomalib_clipad.components.linear import linear
-from anomalib_clipad.components.resizing import bicubic_matrix
+from anomalib_clipad.components.resizing import resample_positions
 from anomalib_clipad.errors import InputError
 
 STAGES = 4
@@ -204,19 +203,8 @@ class DualPathVisionTransformer(nn.Module):
         x = torch.cat([class_token, x], dim=1)
         positions = visual.positional_embedding[None]  # (1, N + 1, W)
         if grid != tuple(visual.grid_size):  # asked here, because timm resizes to the same size while exporting
-            positions = _resampled(positions, grid, tuple(visual.grid_size))
+            positions = resample_positions(positions, grid, tuple(visual.grid_size))
         return visual.ln_pre(x + positions.to(x.dtype))
-
-
-def _resampled(positions: torch.Tensor, grid: tuple[int, int], of: tuple[int, int]) -> torch.Tensor:
-    """Position embeddings of another grid, (1, N + 1, W)."""
-    if not torch.compiler.is_compiling():
-        return resample_abs_pos_embed(positions, list(grid), list(of))
-    # OpenVINO reads antialiased resizing out of an ONNX file wrongly, see ClipAdPreProcessor.
-    rows, columns = (bicubic_matrix(old, new, positions.device) for old, new in zip(of, grid, strict=True))
-    class_token, patches = positions[:, :1], positions[0, 1:].float().unflatten(0, of)  # (rows, columns, W)
-    resized = rows @ (columns @ patches).flatten(1)
-    return torch.cat([class_token, resized.view(1, grid[0] * grid[1], -1).to(positions.dtype)], dim=1)
 
 
 def _dual_attention(

@@ -1,6 +1,7 @@
 """Antialiased bicubic resizing as a matrix: the same in every format that a model is exported to."""
 
 import torch
+from timm.layers import resample_abs_pos_embed
 
 CUBIC = -0.5  # the kernel's parameter where Pillow and torch smooth against aliasing
 
@@ -29,3 +30,29 @@ def bicubic_matrix(length: int, size: int, device: torch.device | None = None) -
     far = ((CUBIC * x - 5 * CUBIC) * x + 8 * CUBIC) * x - 4 * CUBIC
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+def resample_positions(positions: torch.Tensor, grid: tuple[int, int], of: tuple[int, int]) -> torch.Tensor:
+    """Position embeddings of another grid, by timm, or by matrices in an exported model.
+
+    OpenVINO reads antialiased resizing out of an ONNX file wrongly, see
+    :class:`anomalib_clipad.engine.pre_processing.ClipAdPreProcessor`.
+
+    Args:
+        positions: (1, N + 1, W), class token first.
+        grid: Rows and columns wanted.
+        of: Rows and columns of ``positions``.
+
+    Returns:
+        (1, rows * columns + 1, W).
+
+    Example:
+        >>> resample_positions(torch.rand(1, 5, 8), (3, 4), (2, 2)).shape
+        torch.Size([1, 13, 8])
+    """
+    if not torch.compiler.is_compiling():
+        return resample_abs_pos_embed(positions, list(grid), list(of))
+    rows, columns = (bicubic_matrix(old, new, positions.device) for old, new in zip(of, grid, strict=True))
+    class_token, patches = positions[:, :1], positions[0, 1:].float().unflatten(0, of)  # (rows, columns, W)
+    resized = rows @ (columns @ patches).flatten(1)
+    return torch.cat([class_token, resized.view(1, grid[0] * grid[1], -1).to(positions.dtype)], dim=1)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.datasets import AnomalibDataset
-from anomalib.data.utils import LabelName, ValSplitMode
+from anomalib.data.utils import LabelName
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
 
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
-from anomalib_clipad.data.datamodules import build_datamodule, categories_on_disk
+from anomalib_clipad.data.datamodules import build_datamodule, categories_on_disk, whole_test_split
 from anomalib_clipad.data.feature_cache import CachedFeatures
 from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.errors import InputError
@@ -178,7 +178,7 @@ class AuxiliaryDataModule(AnomalibDataModule):
         parts: list[AnomalibDataset] = []
         groups: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         for name, datamodule in self._by_category():
-            data = _test_split(datamodule)
+            data = whole_test_split(datamodule)
             labels = data.samples.label_index.tolist()
             masked = [_has_mask(path) for path in data.samples.mask_path]
             kept = [
@@ -272,15 +272,6 @@ class AuxiliaryDataModule(AnomalibDataModule):
 
             setattr(self, name, CachedFeatures(data, load, compute, key, folder))
         self.test_data = self.val_data
-
-
-def _test_split(datamodule: AnomalibDataModule) -> AnomalibDataset:
-    """The whole test split, including what the data module would hold out for validation."""
-    one = copy.deepcopy(datamodule)
-    one.val_split_mode = ValSplitMode.NONE
-    one.prepare_data()
-    one.setup()
-    return one.test_data
 
 
 def _has_mask(path: object) -> bool:

@@ -1,11 +1,14 @@
 """Data modules by name, and their categories on disk."""
 
+import copy
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from anomalib.data import AnomalibDataModule, UnknownDatamoduleError, get_datamodule
+from anomalib.data.datasets import AnomalibDataset
+from anomalib.data.utils import ValSplitMode
 
 from anomalib_clipad.errors import InputError
 
@@ -67,3 +70,17 @@ def categories_on_disk(datamodule: AnomalibDataModule) -> list[str]:
             if any((path / kind).is_dir() for kind in kinds)
         }
     )
+
+
+def whole_test_split(datamodule: AnomalibDataModule) -> AnomalibDataset:
+    """The whole test split, including what the data module would hold out for validation.
+
+    Example:
+        >>> len(whole_test_split(widgets))
+        11
+    """
+    one = copy.deepcopy(datamodule)
+    one.val_split_mode = ValSplitMode.NONE
+    one.prepare_data()
+    one.setup()
+    return one.test_data

@@ -74,13 +74,11 @@ class CheckpointMixin(ClassesMixin):
         """Load a state dict, also one without the CLIP, as checkpoints have it."""
         extra = state_dict.get(EXTRA_STATE)
         size = extra.get(SIZE) if isinstance(extra, Mapping) else None
-        if self.automatic_size and size is not None:
+        if size not in (None, here := list(self.model.image_size)):
+            if not self.automatic_size:
+                msg = f"The state dict is of a model with image_size {size}, and this one has {here}; give it that one."
+                raise InputError(msg)
             self.restore_size({SIZE: size})
-        elif size not in (None, list(self.model.image_size)):
-            msg = (
-                f"The state dict is of a model with image_size {size}, and this one has {list(self.model.image_size)}."
-            )
-            raise InputError(msg)
         own = {key: value for key, value in self.state_dict().items() if key.startswith((*NOT_SAVED, EXTRA_STATE))}
         return super().load_state_dict({**own, **as_written_today(state_dict)}, *args, **kwargs)
 

@@ -191,11 +191,11 @@ class RunGuard(Callback):
         self._stack = ExitStack()
         self._ours = {id(callback) for callback in (self, *callbacks)}
         self._displaced: list[Checkpoint] = []
-        self._best_model_path: Callable[[], str] = str
+        self._best: ModelCheckpoint | None = None
 
     def add_checkpoints(self, trainer: Trainer, own: Sequence[ModelCheckpoint]) -> None:
         """Take checkpoints of this run alone among the model's callbacks; the first one keeps the best."""
-        self._best_model_path = lambda: own[0].best_model_path
+        self._best = own[0]
         self._ours |= {id(callback) for callback in own}
         self._displaced = [one for one in cast("Any", trainer).callbacks if isinstance(one, Checkpoint)]
 
@@ -232,8 +232,8 @@ class RunGuard(Callback):
         _keep_callbacks(trainer, lambda callback: id(callback) not in self._ours)
         for callback in self._displaced:
             if callback not in cast("Any", trainer).callbacks:
-                if isinstance(callback, ModelCheckpoint):
-                    _name_best(callback, self._best_model_path())
+                if isinstance(callback, ModelCheckpoint) and self._best is not None:
+                    _name_best(callback, self._best.best_model_path)
                 cast("Any", trainer).callbacks.append(callback)
         self._displaced = []
 

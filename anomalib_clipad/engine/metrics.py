@@ -122,6 +122,39 @@ class AP(InsideMixin, AnomalibMetric, BinaryPrecisionRecallCurve, BinaryAverageP
     """
 
 
+class GroundTruthKinds(nn.Module):
+    """Which ground truth was seen, over all processes: normal, anomalous, or both.
+
+    Example:
+        >>> kinds = GroundTruthKinds()
+        >>> kinds.update(SimpleNamespace(gt_label=torch.tensor([False]), gt_mask=torch.tensor([[True, False]])))
+        >>> kinds.of_one_kind()
+        {'gt_label'}
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Least and largest ground truth.
+        self.extremes = nn.ModuleDict({key: nn.ModuleList([MinMetric(), MaxMetric()]) for key in GROUND_TRUTH})
+
+    def update(self, batch: Any) -> None:  # noqa: ANN401 - anomalib's
+        """See a batch, its masks inside its region."""
+        for key, extremes in self.extremes.items():
+            truth = getattr(inside_only(batch, [key]) if key == "gt_mask" else batch, key)
+            for extreme in cast("list[Any]", extremes) if truth is not None else ():
+                extreme.update(truth.float())
+
+    def of_one_kind(self) -> set[str]:
+        """The fields that were seen, and of only one kind: there is nothing to tell apart."""
+        return {key for key, extremes in self.extremes.items() if _all_alike(cast("list[Metric]", extremes))}
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        for extremes in self.extremes.values():
+            for extreme in cast("list[Metric]", extremes):
+                extreme.reset()
+
+
 class PaperEvaluator(Evaluator):
     """anomalib's evaluator, silent about metrics that the data do not define.
 
@@ -135,8 +168,7 @@ class PaperEvaluator(Evaluator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - anomalib's
         super().__init__(*args, **kwargs)
-        # Least and largest ground truth seen, over all processes.
-        self._extremes = nn.ModuleDict({key: nn.ModuleList([MinMetric(), MaxMetric()]) for key in GROUND_TRUTH})
+        self._kinds = GroundTruthKinds()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the images of a run that failed."""
@@ -152,9 +184,9 @@ class PaperEvaluator(Evaluator):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the images of a run that failed."""
         del trainer, pl_module
-        for metrics in (self.test_metrics, *self._extremes.values()):
-            for metric in cast("list[Metric]", metrics):
-                metric.reset()
+        self._kinds.reset()
+        for metric in cast("list[Metric]", self.test_metrics):
+            metric.reset()
 
     def on_test_batch_end(
         self,
@@ -167,15 +199,12 @@ class PaperEvaluator(Evaluator):
     ) -> None:
         """Update the metrics, and what is known of the ground truth."""
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-        for key, extremes in self._extremes.items():
-            truth = getattr(inside_only(batch, [key]) if key == "gt_mask" else batch, key)
-            for extreme in cast("list[Any]", extremes) if truth is not None else ():
-                extreme.update(truth.float())
+        self._kinds.update(batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured; torchmetrics would warn of the rest, or give 0."""
         del pl_module
-        one_kind = {key for key, extremes in self._extremes.items() if _all_alike(cast("list[Metric]", extremes))}
+        one_kind = self._kinds.of_one_kind()
         if "gt_label" in one_kind:
             logger.warning("The test images are all normal or all anomalous, so AUROC, AP and F1 are not defined.")
         for metric in cast("list[Any]", self.test_metrics):  # each an anomalib and a torchmetrics metric
@@ -190,10 +219,7 @@ class PaperEvaluator(Evaluator):
 
 
 def _all_alike(extremes: list[Metric]) -> bool:
-    """Whether a ground truth was seen, and only one kind of it; forgets what was seen."""
     values = [float(extreme.compute()) for extreme in extremes if extreme.update_called]
-    for extreme in extremes:
-        extreme.reset()
     return len(values) == 2 and values[0] == values[1]
 
 

@@ -187,7 +187,9 @@ class NormalImagesMixin(ClassesMixin):
         known = self._normal_key if datamodule is not None or self._normal_key is None else (*self._normal_key[:3], ())
         if key == known and self.model.references.fitted == self._wants_references:
             return  # without a data module what its images have set stays
-        warn_of_tested((*references.paths, *others.paths), tested_paths(datamodule))
+        tested = getattr(datamodule, "test_data", None)
+        if tested is not None:
+            warn_of_tested((*references.paths, *others.paths), ReadableDataset(tested).image_paths())
         self._take(references, others, post_processor)
         self._normal_key = key
 
@@ -259,17 +261,6 @@ class NormalImagesMixin(ClassesMixin):
 
     def _forward_context(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
-
-
-def tested_paths(datamodule: AnomalibDataModule | None) -> list[str]:
-    """The files of a data module's test images.
-
-    Example:
-        >>> tested_paths(widgets)  # before it was set up
-        []
-    """
-    samples = getattr(getattr(datamodule, "test_data", None), "samples", None)
-    return [] if samples is None else [str(path) for path in samples.image_path]
 
 
 def evidence_kept(scored: Iterable[Scores], evidence: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Scores]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from anomalib.data import Batch, InferenceBatch
+from anomalib.data import Batch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -173,11 +173,15 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         if self._classes.update_called:
             classes = torch.cat([classes, self._classes.compute().reshape(-1).long()])
         self.set_pools(network, Pool(summary, labels, self.normal.to(summary), classes), trainer)
-        self.on_validation_epoch_start(trainer, pl_module)
+        self.forget_images()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the images of a run that failed."""
         del trainer, pl_module
+        self.forget_images()
+
+    def forget_images(self) -> None:
+        """Have seen no validation image."""
         self._left_out = False
         for name in ("_validated", "_labels", "_classes", "_pixel_classes", *METRICS):
             getattr(self, name).reset()
@@ -210,14 +214,11 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
                 normal = torch.cat([normal, F.pad(summary[labels == 0], (0, 1))])
                 if given is not None and validated is not None:
                     given = torch.cat([given, validated[labels == 0]])
-            self._set_conformal(network, normal, given, of)
-            if len(normal):
-                self._take_offset(network, float(normal[:, 4].max()), number)
+            self._set_conformal(network, normal, given, number, of)
         elif len(normal):
             self.good_scores = (network.fuse(normal[:, 0], normal[:, 1], given) + ROUNDING).sort().values
             if not has_masks:
-                self._set_pixels(normal)
-                self._take_offset(network, float(normal[:, 4].max()), number)
+                self._set_pixels(network, normal, number)
 
     def _between_scores(self, scores: torch.Tensor, labels: torch.Tensor) -> None:
         if self.enable_thresholding and not labels.all():
@@ -227,7 +228,12 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
             threshold.copy_((threshold + lower) / 2)
 
     def _set_conformal(
-        self, network: ZeroShotNetwork, normal: torch.Tensor, class_index: torch.Tensor | None, of: str | None
+        self,
+        network: ZeroShotNetwork,
+        normal: torch.Tensor,
+        class_index: torch.Tensor | None,
+        number: int | None,
+        of: str | None,
     ) -> None:
         if not len(normal):
             logger.warning(
@@ -242,15 +248,16 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         low, high = network.score_limits
         reach = max(min(image.value - low, high - image.value), STEP)
         self._set("image", image.value, reach)
-        self._set_pixels(normal)
+        self._set_pixels(network, normal, number)
         if of is not None:
             announce(image, self.false_alarm_rate, int(normal[:, 5].sum()), of)
 
-    def _set_pixels(self, normal: torch.Tensor) -> None:
+    def _set_pixels(self, network: ZeroShotNetwork, normal: torch.Tensor, number: int | None) -> None:
         pixel = conformal_threshold(normal[:, 2], self.false_alarm_rate)
         # Most pixels of a normal image are shown as 0.
         spread = max(pixel.value - float(normal[:, 3].mean()), torch.finfo().tiny)
         self._set("pixel", pixel.value + ROUNDING * spread, spread)
+        self._take_offset(network, float(normal[:, 4].max()), number)
 
     def _take_offset(self, network: ZeroShotNetwork, largest: float, number: int | None) -> None:
         self.map_offset.take(largest, max(1, len(network.class_names)), number)
@@ -276,28 +283,3 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         warn_of_one_label(self._given)
 
     on_predict_epoch_start, on_predict_epoch_end = on_test_epoch_start, on_test_epoch_end
-
-    def forward(self, predictions: Prediction) -> InferenceBatch:  # type: ignore[override]  # it needs our fields
-        """Normalise and threshold what the network returned.
-
-        Args:
-            predictions: The network's output.
-
-        Returns:
-            Scores and maps in [0, 1]; labels and masks by threshold where one is known, else by rule. What is not a
-            number is anomalous. Outside of a region the map is 0, and nothing is marked.
-        """
-        score, anomaly_map, class_index = predictions.pred_score, predictions.anomaly_map, predictions.class_index
-        region = None if self.region is None else self.region.inside
-        shown_score = self._shown("image", score, score.clamp(0, 1), class_index)
-        shown_map = self._shown_map(anomaly_map, predictions.map_offset, class_index)
-        if region is not None:
-            shown_map = torch.where(region, shown_map, 0.0)
-        label = mask = None
-        if self.enable_thresholding:
-            label = ~(shown_score <= 1 - self.image_sensitivity)
-            mask = ~(shown_map <= 1 - self.pixel_sensitivity)
-            mask = mask if region is None else mask & region
-        if self.enable_normalization:
-            score, anomaly_map = shown_score, shown_map
-        return InferenceBatch(score, label, anomaly_map, mask)

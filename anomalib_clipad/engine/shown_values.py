@@ -3,9 +3,11 @@
 from typing import cast
 
 import torch
+from anomalib.data import InferenceBatch
 
 from anomalib_clipad.components.map_offset import MapOffset
-from anomalib_clipad.components.scores import MapScale
+from anomalib_clipad.components.region import RegionOfPictures
+from anomalib_clipad.components.scores import MapScale, Prediction
 from anomalib_clipad.engine.class_pools import ClassPoolsMixin
 
 
@@ -14,6 +16,32 @@ class ShownValuesMixin(ClassPoolsMixin):
 
     map_scale: MapScale | None
     map_offset: MapOffset
+    region: RegionOfPictures | None
+
+    def forward(self, predictions: Prediction) -> InferenceBatch:  # type: ignore[override]  # it needs our fields
+        """Normalise and threshold what the network returned.
+
+        Args:
+            predictions: The network's output.
+
+        Returns:
+            Scores and maps in [0, 1]; labels and masks by threshold where one is known, else by rule. What is not a
+            number is anomalous. Outside of a region the map is 0, and nothing is marked.
+        """
+        score, anomaly_map, class_index = predictions.pred_score, predictions.anomaly_map, predictions.class_index
+        region = None if self.region is None else self.region.inside
+        shown_score = self._shown("image", score, score.clamp(0, 1), class_index)
+        shown_map = self._shown_map(anomaly_map, predictions.map_offset, class_index)
+        if region is not None:
+            shown_map = torch.where(region, shown_map, 0.0)
+        label = mask = None
+        if self.enable_thresholding:
+            label = ~(shown_score <= 1 - self.image_sensitivity)
+            mask = ~(shown_map <= 1 - self.pixel_sensitivity)
+            mask = mask if region is None else mask & region
+        if self.enable_normalization:
+            score, anomaly_map = shown_score, shown_map
+        return InferenceBatch(score, label, anomaly_map, mask)
 
     def pixel_mask(
         self, anomaly_map: torch.Tensor, offsets: torch.Tensor | None = None, class_index: torch.Tensor | None = None

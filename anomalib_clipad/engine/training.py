@@ -205,7 +205,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
             return
         logger.info("Setting thresholds from %d validation images.", len(data.val_data))
         trainer = self.trainer
-        post_processor.on_validation_epoch_start(trainer, self)
+        post_processor.forget_images()
         for number, batch in enumerate(self._validation_batches(data)):
             if isinstance(self.pre_processor, PreProcessor):
                 self.pre_processor.on_validation_batch_start(trainer, self, batch, number)
