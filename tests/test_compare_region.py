@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch
@@ -10,6 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 from anomalib_clipad import InputError
 from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator
+from anomalib_clipad.compare.job_files import Kept
+from anomalib_clipad.compare.report import write_report
 from anomalib_clipad.components import Region
 
 from .conftest import LAYOUT
@@ -77,3 +80,48 @@ def test_a_mask_of_another_shape_than_the_pictures_is_one_sentence_for_any_model
     model = {"class_path": "Padim", "init_args": small}
     row = CompareJob(model, data, None, 0, 32, tmp_path / "out", "cpu", ["image_AUROC"]).run()
     assert "is a mask of 40 x 20 pixels, and" in row["error"]
+
+
+def _with_other_outside(source: Path, folder: Path) -> Path:
+    """A copy of a data set whose pictures are another one right of the middle; masks stay."""
+    generator = np.random.default_rng(0)
+    for file in source.rglob("*.png"):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(file) as opened:
+            pixels = np.array(opened)
+        if pixels.ndim == 3:
+            half = pixels[:, pixels.shape[1] // 2 :]
+            half[:] = generator.integers(0, 255, half.shape)
+        Image.fromarray(pixels).save(copy)
+    return folder
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_what_is_outside_has_no_influence_on_a_model_that_knows_no_region(
+    unlabelled: bool, category: Path, tmp_path: Path
+) -> None:
+    """Neither where it is trained nor where it is tried; and its pictures are pale there."""
+    small = {"backbone": "resnet18", "layers": ["layer1"], "pre_trained": False, "n_features": 4}
+    model = {"class_path": "Padim", "init_args": small}
+    figures = []
+    for number, root in enumerate((category, _with_other_outside(category, tmp_path / "other"))):
+        more = {"name": "widget", "root": str(root), "val_split_mode": "same_as_test", "num_workers": 0}
+        data = {"class_path": "Folder", "init_args": {**LAYOUT, **more}, "region": LEFT}
+        images = str(root / LAYOUT["abnormal_dir"]) if unlabelled else None
+        output = tmp_path / str(number)
+        row = CompareJob(model, data, images, 0, 32, output, "cpu", ["image_AUROC", "pixel_AP"]).run()
+        assert "error" not in row, row["error"]
+        kept = Kept.read(output / "jobs" / f"{row['key']}.json")
+        assert kept is not None
+        assert kept.region is not None
+        assert kept.region[:, :16].all()
+        assert not kept.region[:, 16:].any()
+        scores = [kept.images[path].score for path in sorted(kept.images)]
+        figures.append([*scores, *(row.get(name) for name in ("image_AUROC", "pixel_AP"))])
+        write_report(output, [row])
+    assert figures[0] == figures[1]
+    for file in (tmp_path / "1" / "report_files" / "thumbnails").iterdir():
+        with Image.open(file) as thumbnail:
+            pixels = np.asarray(thumbnail.convert("L"), dtype=float)
+        assert pixels[:, pixels.shape[1] // 2 + 2 :].mean() > 160  # where the noise is 127 on average

@@ -272,6 +272,23 @@ def test_the_example_needs_neither_anomalib_nor_torch(exported: Exported, catego
 
 
 @pytest.mark.slow
+def test_the_example_skips_broken_pictures_and_refuses_other_models(
+    exported: Exported, category: Path, tmp_path: Path
+) -> None:
+    good = category / "test/square/000.png"
+    (tmp_path / "broken.png").write_bytes(good.read_bytes()[:60])
+    done = run_example(exported.onnx, "broken.png", good, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0].startswith("broken.png cannot be read and is skipped (")
+    assert "score" in done.stdout.splitlines()[1]
+    (tmp_path / "other.onnx").write_bytes(b"no model")
+    wrong = run_example("other.onnx", good, cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "other.onnx cannot be run (" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
 def test_the_example_refuses_a_picture_of_more_than_16_bits(exported: Exported, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 60), dtype=np.float32)).save(tmp_path / "deep.tiff")
     done = run_example(exported.onnx, "deep.tiff", cwd=tmp_path)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from anomalib_clipad import ClipAdSdp, InputError
 
-from .conftest import build_model, folder, new_engine, write_category, write_good
+from .conftest import build_model, folder, new_engine, weights, write_category, write_good
 
 BARE = {"visualizer": False}
 MODELS = ("ClipAdSdp", "ClipAdSdpPlus")
@@ -122,6 +122,25 @@ def test_a_checkpoint_brings_references_and_thresholds(name: str, small_clip: st
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, msg=f"{way}: {key}")
+
+
+def test_what_a_checkpoint_leaves_unused_is_said(
+    small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, made_with = new_engine(tmp_path / "a"), {"k_shot": 3, "false_alarm_rate": 0.2}
+    engine.test(ClipAdSdp(backbone=small_clip, **made_with, **BARE), datamodule=folder(parts), verbose=False)
+    path = weights(engine, "model.ckpt")
+    for given, unused in (
+        ({}, None),
+        (made_with, None),
+        ({**made_with, "false_alarm_rate": 0.5}, "used, false_alarm_rate 0.5 is not"),
+        ({"few_shot_source": str(parts), "k_shot": 2}, f"used, k_shot 2, few_shot_source {parts} is not"),
+    ):
+        caplog.clear()
+        model = ClipAdSdp(backbone=small_clip, **given, **BARE)
+        new_engine(tmp_path / "b").predict(model, data_path=parts / "test", ckpt_path=path)
+        assert ("references and thresholds are used" in caplog.text) is (unused is not None)
+        assert (unused or "") in caplog.text
 
 
 @pytest.mark.parametrize("name", MODELS)

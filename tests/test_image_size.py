@@ -103,6 +103,28 @@ def test_a_checkpoint_keeps_the_size_for_pictures_of_any_shape(small_clip: str, 
     torch.testing.assert_close(torch.cat([batch.pred_score for batch in found]), torch.cat(expected))
 
 
+def test_the_size_that_is_said_is_the_one_that_is_used(
+    small_clip: str, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="anomalib_clipad")
+    engine = new_engine(tmp_path / "first")
+    engine.test(
+        ClipAdSdp(backbone=small_clip, image_size="auto", **BARE),
+        datamodule=folder(shapes / "wide", "wide"),
+        verbose=False,
+    )
+    assert "image_size is 24 x 40, after the shape of a picture of 48 x 80 pixels" in caplog.text
+    path = weights(engine, "model.ckpt")
+    again = ClipAdSdp(backbone=small_clip, image_size="auto", **BARE)
+    for number, (shape, said) in enumerate([("wide", 0), ("tall", 1), ("tall", 1), ("wide", 0)]):
+        caplog.clear()
+        model = again if number < 2 else ClipAdSdp.load_from_checkpoint(path, **BARE)
+        of_run = path if number < 2 else None
+        new_engine(tmp_path / str(number)).predict(model, data_path=shapes / shape / "test/good", ckpt_path=of_run)
+        assert caplog.text.count("checkpoint's image_size 24 x 40 is used, into which pictures of 80 x 48") == said
+        assert "after the shape" not in caplog.text
+
+
 def test_a_checkpoint_of_an_impossible_size_is_refused(small_clip: str, shapes: Path, tmp_path: Path) -> None:
     engine, model = new_engine(tmp_path), ClipAdSdp(backbone=small_clip, image_size="auto", **BARE)
     engine.test(model, datamodule=folder(shapes / "wide", "wide"), verbose=False)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -48,6 +49,22 @@ def test_a_row_says_what_the_batch_says(small_clip: str, category: Path, tmp_pat
             assert rows.min() / 32 - 1e-4 <= row.box_top < row.box_bottom <= (rows.max() + 1) / 32 + 1e-4
         else:
             assert np.isnan(row.box_left)
+
+
+def test_pictures_of_an_earlier_run_among_the_images_are_said(
+    small_clip: str, category: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = tmp_path / "photos"
+    for name in ("a", "images/b"):  # a folder of this name alone says nothing
+        (photos / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(category / "test/good/000.png", photos / f"{name}.png")
+    model = ClipAdSdp("cup", small_clip)
+    for drawn in (0, 6):  # a picture of each, its thumbnail and its heatmap
+        caplog.clear()
+        engine = new_engine(photos / "results")
+        engine.predict(model, data_path=photos)
+        assert len(table_of(engine, "predict/latest")) == 2 + drawn
+        assert ("6 of the 8 images are pictures that an earlier run has drawn" in caplog.text) is bool(drawn)
 
 
 def test_predicted_images_have_no_true_label(small_clip: str, category: Path, tmp_path: Path) -> None:

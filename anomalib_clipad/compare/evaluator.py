@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import torch
 from anomalib.data import ImageBatch
@@ -41,8 +42,7 @@ class CompareEvaluator(Evaluator):
         map_size: Side of the maps and masks that are measured.
         metrics: Names of those to measure, all seven by default.
         folder: Where the temporary file is; by default where the system keeps them.
-        region: What of the maps, masks and labels is measured; by default what the model looks at. A model's own score
-            stays what it is.
+        region: What of the maps, masks and labels is measured; by default what the model looks at.
 
     Raises:
         InputError: If there is no metric of a name.
@@ -68,6 +68,7 @@ class CompareEvaluator(Evaluator):
         self.map_size = (map_size, map_size)
         self.given_region = region
         self.region = None if region is None else torch.from_numpy(region.inside(self.map_size))
+        self.looked_at: np.ndarray | None = None  # (H, W), the region of the maps
         self.all_paths: list[str] = []
         self.mask_paths: dict[str, str] = {}
         self.paths: list[str] = []
@@ -103,6 +104,7 @@ class CompareEvaluator(Evaluator):
         loaders: Any = trainer.predict_dataloaders
         dataset = (loaders[0] if isinstance(loaders, list) else loaders).dataset
         self.all_paths = [str(path) for path in dataset.image_filenames]
+        check_pictures(self.given_region, self.all_paths)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
@@ -137,6 +139,7 @@ class CompareEvaluator(Evaluator):
         region = self._region(batch, maps)
         values = (scores, labels, None if no_maps else maps, masks, region)
         measured: Any = SimpleNamespace(**dict(zip((*IMAGE_FIELDS, *PIXEL_FIELDS, "region"), values, strict=True)))
+        self.looked_at = None if region is None else region[0].numpy()
         cut_ground_truth(measured)
         labels, masks = measured.gt_label, measured.gt_mask
         self.kinds.update(measured)

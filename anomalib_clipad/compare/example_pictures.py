@@ -16,7 +16,7 @@ from anomalib_clipad.compare.drawing import new_figure
 from anomalib_clipad.compare.examples import choose_examples, extremes, short_names
 from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.data.verdict import VERDICTS, telling_digits
-from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, LEVELS, THRESHOLD, legend, outline, overlay
+from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, LEVELS, THRESHOLD, dimmed, legend, outline, overlay
 from anomalib_clipad.pictures.image_file import read_picture
 from anomalib_clipad.pictures.text import shortened
 
@@ -143,7 +143,8 @@ def _picture(path: str) -> Image.Image:
 
 
 def _heat(picture: Image.Image, one: Kept, path: str) -> Image.Image:
-    """The picture under its heat layer, with the contour of the threshold where there is one."""
+    """The picture under its heat layer, with the contour of the threshold where there is one; pale outside."""
+    picture = picture if one.region is None else dimmed(picture, one.region)
     try:
         with Image.open(one.images[path].heat) as layer:
             levels = np.asarray(layer, dtype=np.float32)
@@ -189,6 +190,8 @@ def _foot(kept: Mapping[str, Kept], notes: Sequence[str], width: float) -> list[
         key.append("White line: above the map's threshold.")
     if any(one.masks for one in kept.values()):
         key.append("Cyan line: ground truth.")
+    if any(one.region is not None for one in kept.values()):
+        key.append("Pale: outside of the region.")
     return [line for text in (" ".join(key), *notes) for line in textwrap.wrap(text, int(14 * width))]
 
 

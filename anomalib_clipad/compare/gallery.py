@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from anomalib_clipad.compare.job_files import Kept
 from anomalib_clipad.compare.progress import Tell, silent
 from anomalib_clipad.page import Finding, PageImage, original_for_browsers, with_folders, write_thumbnail
@@ -26,9 +28,11 @@ def page_images(
     """
     findings: dict[tuple[str, str], dict[str, Finding]] = {}
     truths: dict[tuple[str, str], int | None] = {}
+    regions: dict[str, list[np.ndarray | None]] = {}  # of each category, of the models
     for row in rows:
         if (one := kept.get(str(row["key"]))) is None:
             continue
+        regions.setdefault(str(row["category"]), []).append(one.region)
         for path, image in one.images.items():
             found = findings.setdefault((str(row["category"]), path), {})
             heat = image.heat.relative_to(output).as_posix()
@@ -39,7 +43,23 @@ def page_images(
     for number, ((category, path), found) in enumerate(sorted(findings.items())):
         tell("thumbnails", number, len(findings))
         file = Path(path)
-        truth, thumbnail = truths[category, path], write_thumbnail(file, output)
+        truth, thumbnail = truths[category, path], write_thumbnail(file, output, common_region(regions[category]))
         original = original_for_browsers(file, output)
         images.append(PageImage(path, category, truth, found, thumbnail=thumbnail, original=original))
     return with_folders(images)
+
+
+def common_region(regions: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The region that all models have looked at; nothing where they differ.
+
+    Args:
+        regions: (H, W) of each model, None for everywhere.
+
+    Example:
+        >>> here = np.array([[True, False]])
+        >>> common_region([here, here]).tolist(), common_region([here, None])
+        ([[True, False]], None)
+    """
+    first = regions[0]
+    same = all(first is not None and one is not None and np.array_equal(first, one) for one in regions)
+    return first if same else None

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from anomalib import LearningType
+from anomalib.data import PredictDataset
 from anomalib.engine import Engine
 from anomalib.pipelines.components import Job
 from anomalib.utils.logging import LoggerRedirectError, hide_output
@@ -27,6 +28,7 @@ from anomalib_clipad.compare.heat_layers import heat_layers
 from anomalib_clipad.compare.known import not_for_use
 from anomalib_clipad.compare.memory import AddedMemory
 from anomalib_clipad.compare.naming import figures_of_job
+from anomalib_clipad.compare.outside import FillOutside, fill_outside
 from anomalib_clipad.compare.plain_model import no_loaders, plain_model
 from anomalib_clipad.compare.progress import ImageProgress, Tell, silent
 from anomalib_clipad.compare.scale import Scale, choose_scales
@@ -34,6 +36,7 @@ from anomalib_clipad.compare.settings import MAX_EPOCHS, short_class
 from anomalib_clipad.compare.shots import take
 from anomalib_clipad.components import Region
 from anomalib_clipad.data.datamodules import build_datamodule
+from anomalib_clipad.engine.region import RegionMixin
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.files import remove_abandoned, slug
 from anomalib_clipad.pictures.text import printable
@@ -98,7 +101,7 @@ class CompareJob(Job):
             *(self.model_name, self.category, self.model_config, self.data_config),
             *(self.images, self.seed, self.map_size, self.metrics),
             *(() if self.shots is None else (self.shots,)),
-            *(() if self.region is None else ("region", self.region)),
+            *(() if self.region is None else ("region, filled", self.region)),
         ]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]
         return f"{slug(self.model_name)}-{slug(self.category)}-{digest}"
@@ -195,6 +198,9 @@ class CompareJob(Job):
         self.tell("loading the model", 0, None)
         model: Any = plain_model(self.model_config, data, self.region)
         region = None if self.region is None else Region(self.region)
+        fill = None if region is None or isinstance(model, RegionMixin) else FillOutside(region)
+        if data is not None and fill is not None:
+            fill_outside(data, fill)
         evaluator = CompareEvaluator(self.map_size, self.metrics, self.file.parent, region)
         row: dict[str, Any] = {}
         with closing(evaluator.stream), self._engine(evaluator, task_id) as engine:
@@ -209,7 +215,7 @@ class CompareJob(Job):
                 if hasattr(data, "val_data") and model.learning_type != LearningType.ONE_CLASS:
                     engine.validate(model, datamodule=data, verbose=False)  # for its references and thresholds
                 model.val_dataloader = no_loaders
-                engine.predict(model, data_path=self.images, return_predictions=False)
+                engine.predict(model, dataset=PredictDataset(self.images, fill), return_predictions=False)
             else:
                 engine.test(model, datamodule=data, verbose=False)
                 row |= evaluator.figures | evaluator.only_kind
@@ -261,7 +267,8 @@ class CompareJob(Job):
         both = extremes(evaluator.paths, evaluator.labels, evaluator.scores)
         masks = {path: evaluator.stream.mask(numbers[path]) for path in (*shown, *both) if path is not None}
         job_files.write_heat(self.file, heat_layers(evaluator.stream, order, map_scales, self.tell))
-        job_files.write_masks(self.file, {path: mask for path, mask in masks.items() if mask is not None})
+        known = {path: mask for path, mask in masks.items() if mask is not None}
+        job_files.write_masks(self.file, known, evaluator.looked_at)
         job_files.write_images(self.file, table)
 
     @staticmethod

@@ -108,9 +108,10 @@ def _heat_name(number: int) -> str:
     return f"{number:05d}.png"
 
 
-def write_masks(file: Path, masks: Mapping[str, np.ndarray]) -> None:
-    """Write the masks of the examples by their paths."""
+def write_masks(file: Path, masks: Mapping[str, np.ndarray], region: np.ndarray | None = None) -> None:
+    """Write the masks of the examples by their paths, and the region that was looked at."""
     arrays: dict[str, Any] = {"masks": np.stack(list(masks.values()))} if masks else {}
+    arrays |= {} if region is None else {"region": region}
     with replacing(file.with_suffix(".npz")) as draft:
         np.savez_compressed(draft, paths=np.array(list(masks), dtype=str), **arrays)
 
@@ -170,6 +171,7 @@ class Kept:
         masks: Ground truth of the examples by path, (H, W) bool, empty without masks.
         scales: The scales of its scores and maps, one for each class where it has several.
         digest: Changes when any of it does.
+        region: (H, W), true where the images were looked at; None for everywhere.
 
     Example:
         >>> Kept.read(Path("nowhere.json")) is None
@@ -180,6 +182,7 @@ class Kept:
     masks: dict[str, np.ndarray]
     scales: Scales
     digest: str
+    region: np.ndarray | None = None
 
     def chosen_class(self, path: str) -> str | None:
         """The class of an image, where the model has several to choose from."""
@@ -214,4 +217,5 @@ class Kept:
         }
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
             masks = dict(zip(arrays["paths"].tolist(), arrays["masks"], strict=True)) if "masks" in arrays else {}
-        return cls(images, masks, scales, digest)
+            region = arrays["region"] if "region" in arrays else None  # noqa: SIM401 - an archive has no get
+        return cls(images, masks, scales, digest, region)

@@ -60,7 +60,7 @@ def markdown(
             bold = pd.DataFrame([_bold(row) for _, row in wide.iterrows()], index=wide.index)
             lines += [f"### {METRICS[name]}", "", _table(bold), ""]
     else:
-        lines += ["No labels, so no metrics: heatmaps and scores only.", ""]
+        lines += ["No labels, so no metrics: heatmaps, and scores in each model's own unit.", ""]
         for category, part in first_seed(done).groupby("category", sort=False):
             lines += [f"### Scores on {category}", "", _table(_scores(part, kept)), ""]
     lines += _verdict_lines(done, kept, drawn)

@@ -32,8 +32,8 @@ class Settings:
     Args:
         models: Configurations of models, with class_path and, if wanted, init_args and name; with max_epochs for one
             that is trained in epochs, which are Lightning's 1000 else.
-        data: Configurations of data modules, likewise; with region, what of their images is looked at. Models that take
-            a region get it; maps and labels of all models are measured inside.
+        data: Configurations of data modules, likewise; with region, what of their images is looked at and measured.
+            Models that take a region get it; for the others pixels outside become copies of those inside.
         images: File or folder of unlabelled images.
         seed: Seeds of everything; a model is tried with each, and the tables have means.
         shots: Numbers of normal images to try every model with, the same images; None for the whole training split.

@@ -150,11 +150,10 @@ class RegionOfPictures(nn.Module):
         if self.given is None:
             return
         inside = self.given.inside(tiling.image_size)
-        rows, columns = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
         self.inside = torch.from_numpy(inside)  # (H, W)
         # Of the pixels inside, and of the one that each pixel is a copy of; 32 bits, since pictures may be large.
         self.index = torch.from_numpy(inside.ravel().nonzero()[0]).int()
-        self.source = torch.from_numpy(rows * inside.shape[1] + columns).flatten().int()
+        self.source = nearest_inside(inside)
         if len(tiling):
             pixels = torch.from_numpy(inside)[None, None].float()
             shares = torch.cat([tile.mean(dim=(1, 2, 3)) for tile in tiling.tiles(pixels, batch_size)])
@@ -197,6 +196,23 @@ class RegionOfPictures(nn.Module):
     def of(self, maps: torch.Tensor) -> torch.Tensor | None:
         """The region for each of a batch's maps (B, H, W), true inside; ``None`` where there is no region."""
         return None if self.inside is None else self.inside.expand(maps.shape)
+
+
+def nearest_inside(inside: np.ndarray) -> torch.Tensor:
+    """Of each pixel the nearest one inside.
+
+    Args:
+        inside: (H, W), true inside.
+
+    Returns:
+        (H * W,) numbers of pixels, row by row.
+
+    Example:
+        >>> nearest_inside(np.array([[False, False, True, True]])).tolist()
+        [2, 2, 2, 3]
+    """
+    rows, columns = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
+    return torch.from_numpy(rows * inside.shape[1] + columns).flatten().int()
 
 
 def _read(path: str | Path) -> np.ndarray:

@@ -29,6 +29,7 @@ class AutomaticSizeMixin(ClassesMixin):
 
     automatic_size: bool
     _sizes: dict[tuple[str, ...], tuple[int, int]]  # those that were found, by the classes of a run
+    _after: tuple[int, int] | None = None  # height and width of the run's first picture, until it is said
 
     def adopt_size(self, image_size: object) -> None:
         """Take over the argument.
@@ -45,7 +46,10 @@ class AutomaticSizeMixin(ClassesMixin):
     def setup(self, stage: str) -> None:
         """Find the size. A data module, which is set up before, then asks again for the resize."""
         super().setup(stage)
-        if not self.automatic_size or self.restored:
+        if not self.automatic_size:
+            return
+        if self.restored:
+            self._after = shape_of_first_picture(datasets_of(self.trainer))
             return
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         names = TRAINING if fitting else self.classes_at_hand(datamodule_of(self.trainer))
@@ -77,6 +81,7 @@ class AutomaticSizeMixin(ClassesMixin):
                 return
             self._find(names, *shape)
         self._take_size(names, self._sizes[names])
+        self.say_size()
 
     def restore_size(self, identity: Mapping[str, Any]) -> None:
         """Take over the size of a checkpoint; that of a training gives way to the one of the data at hand."""
@@ -96,9 +101,22 @@ class AutomaticSizeMixin(ClassesMixin):
         self._take_size(TRAINING, size)
 
     def _find(self, names: tuple[str, ...], height: int, width: int) -> None:
-        size = self.model.keep_shape(height, width)
-        logger.info("image_size is %d x %d, after the shape of a picture of %d x %d pixels.", *size, height, width)
-        self._sizes[names] = size
+        self._sizes[names], self._after = self.model.keep_shape(height, width), (height, width)
+
+    def say_size(self) -> None:
+        """Say which size was found; later than it is found, since a checkpoint may bring another one."""
+        after, self._after = self._after, None
+        if after is None:
+            return
+        size = self.model.image_size
+        if self.model.keep_shape(*after) != size:
+            logger.warning(
+                "The checkpoint's image_size %d x %d is used, into which pictures of %d x %d pixels are squeezed; "
+                "leave the checkpoint out to keep their shape.",
+                *(*size, *after),
+            )
+        elif not self.restored:
+            logger.info("image_size is %d x %d, after the shape of a picture of %d x %d pixels.", *size, *after)
 
     def _take_size(self, names: tuple[str, ...], size: tuple[int, int]) -> None:
         network = self.model

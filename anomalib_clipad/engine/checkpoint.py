@@ -1,5 +1,6 @@
 """Checkpoints of a zero-shot CLIP model: everything but the CLIP, which comes from its own weights."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +19,12 @@ from anomalib_clipad.engine.classes import ClassesMixin
 from anomalib_clipad.engine.products import Products
 from anomalib_clipad.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 SIGMA, SIZE = "sigma", "image_size"
 IDENTITY = "clip_ad"  # key of our part of a checkpoint
+# Arguments of which a checkpoint holds the outcome.
+OUTCOMES = ("k_shot", "few_shot_source", "augment_references", "false_alarm_rate")
 # Not saved: CLIP comes from its own weights, the metrics from the arguments.
 NOT_SAVED = ("model.visual.", "evaluator.")
 
@@ -127,6 +132,8 @@ class CheckpointMixin(ClassesMixin):
             raise damaged(problem) from error
         self.restore_size(found)
         self._restore_folders(found.get("folders"))
+        if found.get("fitted") is not True:
+            self._warn_of_unused(checkpoint.get("hyper_parameters"))
         names = found.get("class_names", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             problem = f"has the classes {names!r}"
@@ -140,6 +147,15 @@ class CheckpointMixin(ClassesMixin):
         check_state(state, expected, fitted=found.get("fitted") is True)
         checkpoint["state_dict"] = state
         self.restored = True
+
+    def _warn_of_unused(self, of_checkpoint: object) -> None:
+        kept = of_checkpoint if isinstance(of_checkpoint, Mapping) else {}
+        asked = {name: value for name in OUTCOMES if (value := self.hparams.get(name))}
+        if unused := [f"{name} {value}" for name, value in asked.items() if str(value) != str(kept.get(name))]:
+            logger.warning(
+                "The checkpoint's references and thresholds are used, %s is not; leave the checkpoint out for that.",
+                ", ".join(unused),
+            )
 
     def _restore_folders(self, folders: object) -> None:
         if folders is None or self.class_name is not None:

@@ -160,6 +160,7 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
 
     def prepare_classes(self) -> None:
         """Encode the prompts of the class at hand, and prepare what comes from normal images."""
+        self.say_size()
         datamodule = datamodule_of(self.trainer)
         self.choose_class(*self._names(datamodule))
         self.products.check(images_of(self.trainer), self.model.class_names)

@@ -2,7 +2,9 @@
 
 import csv
 import logging
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -13,9 +15,10 @@ from scipy import ndimage
 
 from anomalib_clipad.data.batch import ZeroShotBatch
 from anomalib_clipad.data.verdict import VERDICTS, Verdict, verdicts
-from anomalib_clipad.engine.run_folder import HEATMAPS, IMAGES, MASKS, run_folder, skipped_images, writing
+from anomalib_clipad.engine.run_folder import HEATMAPS, IMAGES, MASKS, images_of, run_folder, skipped_images, writing
 from anomalib_clipad.engine.scored_batches import ScoredBatches, planes
 from anomalib_clipad.page.page import NAME as PAGE
+from anomalib_clipad.page.thumbnails import FOLDER as PICTURES_OF_PAGE
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,7 @@ COLUMNS = (
     *("path", "class", "score", "threshold", "label", "p_value", "true_label", "marked_area"),
     *(*BOXES, "picture", "explanation"),
 )
+PICTURES = (IMAGES, HEATMAPS, MASKS, PICTURES_OF_PAGE)  # folders beside a table
 MOST_NAMED = 5  # skipped images in the closing line
 
 
@@ -60,6 +64,8 @@ class PredictionTable(ScoredBatches):
         self._close()
         self._paths, self._anomalous = [], 0
         self._folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            warn_of_pictures_of_runs(images_of(trainer))
         path = self.path(self._folder, trainer.global_rank)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +129,31 @@ class PredictionTable(ScoredBatches):
             with suppress(OSError):  # of rows that could not be written before, which was said then
                 self._file.close()
             self._file = None
+
+
+def warn_of_pictures_of_runs(paths: Iterable[str]) -> None:
+    """Say that images are pictures that earlier runs have drawn, where results lie within the folder of the images.
+
+    Args:
+        paths: Of the images of a run.
+
+    Example:
+        >>> warn_of_pictures_of_runs(["photos/a.png"])
+    """
+    folders = Counter(map(os.path.dirname, paths))
+    drawn = [folder for folder in folders if any(_is_of_a_run(one) for one in (Path(folder), *Path(folder).parents))]
+    if drawn:
+        logger.warning(
+            "%d of the %d images are pictures that an earlier run has drawn, as in %s; keep results elsewhere "
+            "(default_root_dir), or give a folder of images alone.",
+            sum(folders[folder] for folder in drawn),
+            folders.total(),
+            drawn[0],
+        )
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    return folder.name in PICTURES and (folder.parent / NAME).is_file()
 
 
 def _row(verdict: Verdict, mask: np.ndarray | None, picture: str | None) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
             msg = "cache_features keeps the features of whole pictures, not of tiles; leave it, or tile_size, out."
             raise InputError(msg)
         share_folder(self.trainer)
+        self.say_size()
         self.trained_on = list(data.class_names)
         self.model.set_classes(data.class_names, words=False)  # which may be those of other classes
         network, transform = self.model, getattr(self.pre_processor, "transform", None)

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 LONGER_SIDE = 240  # pixels
 QUALITY = 85
-THUMBNAILS, HEAT = "report_files/thumbnails", "report_files/heat"
+FOLDER = "report_files"
+THUMBNAILS, HEAT = f"{FOLDER}/thumbnails", f"{FOLDER}/heat"
 BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
 
