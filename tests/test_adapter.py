@@ -147,6 +147,14 @@ def test_a_failed_save_leaves_no_part_of_a_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["taken.safetensors"]
 
 
+@pytest.mark.parametrize("ending", ["pth", "pt", "ckpt", "bin"])
+def test_layers_are_not_saved_under_an_ending_of_other_files(ending: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give it the ending .safetensors"):
+        save_adapter(layers(), tmp_path / f"a.{ending}")
+    with pytest.raises(InputError, match="is a folder"):
+        load_adapter(layers(), tmp_path)
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "text", [1], float("nan"), nn.Linear(2, 2), nn.ModuleList([nn.ReLU()])])
 def test_arguments_of_another_kind_are_refused(tmp_path: Path, wrong: object) -> None:
     save_adapter(layers(), tmp_path / "a.safetensors")

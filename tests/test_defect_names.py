@@ -268,3 +268,16 @@ def test_vectors_of_words_come_from_the_cache(tmp_path: Path, monkeypatch: pytes
     first, again = (ClipAdSdpModel(backbone, class_names=["nut"], defects=WORDS) for _ in range(2))
     assert torch.equal(first.defect_names.directions, again.defect_names.directions)
     assert again.text_encoder.clip.token_embedding.weight.is_meta  # never read
+
+
+def test_other_words_forget_what_was_measured_for_those_of_a_checkpoint(small_clip: str) -> None:
+    model = ClipAdSdp("nut", small_clip, defects=WORDS)
+    model.choose_class("nut")
+    model.model.defect_names.baseline.fit(torch.rand(2, 1, 16, len(WORDS)))
+    other = ClipAdSdp("nut", small_clip, defects=["hole", "stain", "rust"])
+    other.load_state_dict(model.state_dict())
+    assert len(other.model.defect_names.baseline.mean) == len(WORDS)
+    other.restored = True
+    other.choose_class("nut")
+    assert other.model.defect_names.words == (("hole", "stain", "rust"),)
+    assert not len(other.model.defect_names.baseline.mean)

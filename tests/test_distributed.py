@@ -1,5 +1,6 @@
 """Two processes: the figures and the training of one, and every picture once."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -62,13 +63,22 @@ def score_products(small_clip: Path, mixed: Path, out: Path, devices: int) -> No
     model = ClipAdSdp(PRODUCTS, str(small_clip), defects=["b", "n"], visualizer=False)
     engine = new_engine(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
     data = folder(mixed, eval_batch_size=1)
+    lines: list[str] = []
+    logger, handler = logging.getLogger("anomalib_clipad.engine.defect_naming"), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     figures = engine.test(model, datamodule=data)[0]
+    logger.removeHandler(handler)
     said = {
         batch.image_path[0]: (*batch.class_name, float(batch.pred_score), bool(batch.pred_label), *batch.explanation)
         for batch in engine.predict(model, dataloaders=data.test_dataloader())
     }
     limits = model.post_processor.of_class.values
-    torch.save({"figures": figures, "said": said, "limits": limits}, out / f"rank{engine.trainer.global_rank}.pt")
+    torch.save(
+        {"figures": figures, "said": said, "limits": limits, "lines": lines},
+        out / f"rank{engine.trainer.global_rank}.pt",
+    )
 
 
 def learn(small_clip: Path, root: Path, out: Path, devices: int) -> None:
@@ -124,6 +134,8 @@ def test_two_processes_set_the_thresholds_of_each_class_as_one_does(runs: tuple[
         assert part["figures"] == expected["figures"]
     assert parts[0]["said"] | parts[1]["said"] == expected["said"]
     assert len(expected["limits"].unique(dim=0)) == 3
+    assert len(expected["lines"]) == 1
+    assert [part["lines"] for part in parts] == [expected["lines"], []]
     naming = [expected["figures"][f"image_{kind}"] for kind in ("NamingAccuracy", "NamingF1Score")]
     assert all(0 < figure < 1 for figure in naming), naming
 

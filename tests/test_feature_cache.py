@@ -230,3 +230,12 @@ def test_wrong_arguments_of_the_demonstration_are_one_sentence(name: str, values
     for value in values:
         with pytest.raises(InputError, match=name):
             DemoTextures(**{name: value})
+
+
+def test_taps_in_memory_are_computed_once(category: Path) -> None:
+    data = cached(category, folder=True)
+    assert len(computed) == 11
+    data.cache(compute, "clip")
+    assert len(computed) == 11
+    data.cache(compute, "another clip")
+    assert len(computed) == 22

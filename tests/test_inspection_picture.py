@@ -128,3 +128,9 @@ def test_an_image_of_any_kind_looks_as_the_model_sees_it(mode: str, tmp_path: Pa
     shown = pixels_of(read_picture(tmp_path / "image.tiff", 512))
     assert shown.shape == (240, 320, 3)
     assert np.abs(shown - shades[:, :, None]).max() <= 1
+
+
+def test_an_image_without_a_score_is_compared_with_nothing() -> None:
+    verdict = Verdict("a.png", label=True)
+    assert verdict.comparison is None
+    assert inspection_picture(Image.new("RGB", (64, 48)), None, verdict, "a.png").width >= 64

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
+from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.errors import InputError
 from anomalib_clipad.pictures.heatmap import LEVELS
 
@@ -143,3 +144,22 @@ def test_data_without_files_are_refused(small_clip: str, tmp_path: Path) -> None
     model = ClipAdSdp("nut", small_clip, output_size="original", visualizer=False)
     with pytest.raises(InputError, match="output_size original looks at the pictures' files, and the data name none"):
         new_engine(tmp_path).predict(model, dataloaders=loader)
+
+
+def test_masks_of_raw_maps_take_each_pictures_own_offset(small_clip: str, pictures: Path, tmp_path: Path) -> None:
+    processor = ClipAdPostProcessor(enable_normalization=False)
+    model = ClipAdSdp("nut", small_clip, output_size="original", visualizer=False, post_processor=processor)
+    raw = by_name(predict(model, pictures, tmp_path / "raw")).values()
+    least = min(float(item.map_offset) for item in raw)
+    threshold = float(np.mean([float(item.anomaly_map.mean() - item.map_offset) for item in raw])) + least
+    for name, value in {"_pixel_threshold": threshold, "pixel_min": threshold - 1, "pixel_max": threshold + 1}.items():
+        getattr(processor, name).fill_(value)
+    processor.map_offset.take(least)  # which all pictures but one exceed
+    marked = 0
+    for item in by_name(predict(model, pictures, tmp_path / "marked")).values():
+        away = item.anomaly_map - (item.map_offset - least) - threshold
+        sure = away.abs() > 1e-6
+        assert sure.float().mean() > 0.99
+        assert torch.equal(item.pred_mask[sure], (away > 0)[sure])
+        marked += int(item.pred_mask.sum())
+    assert 0 < marked < sum(height * width for height, width in SIZES.values())

@@ -284,3 +284,38 @@ def test_a_region_with_patches_that_nothing_can_be_compared_with_is_refused() ->
     assert small.set_references([normal]).map_score.isfinite().all()
     half = model(region=[0, 0.5, 1, 1])
     assert half.set_references([normal[:1]]).map_score.max() < 100, "in units of what is usual"
+
+
+def test_units_of_maps_that_vary_little_are_their_own() -> None:
+    """Distances of regular parts have a standard deviation of some thousandths."""
+    maps, fusion = 0.1 + 1e-3 * torch.rand(4, 64), ReferenceFusion()
+    fusion.fit(maps, maps, torch.rand(4))
+    torch.testing.assert_close(fusion.std[0, :2], maps.std(correction=0).expand(2), atol=0, rtol=1e-3)
+
+
+def test_units_from_a_run_in_inference_mode_can_be_used_where_gradients_are_on() -> None:
+    fusion = ReferenceFusion()
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            fusion.fit(torch.rand(4, 64), torch.rand(4, 64), torch.rand(4))
+        scores = torch.tensor([0.9, 0.8], requires_grad=True)
+        fusion.fuse_scores(scores, torch.ones(2)).sum().backward()
+        assert scores.grad.isfinite().all()
+
+
+def test_a_state_dict_of_before_references_has_units_for_one_class() -> None:
+    fusion = ReferenceFusion()
+    fusion.reset(classes=3)
+    fusion.load_state_dict({})
+    assert fusion.mean.shape == fusion.std.shape == (1, 3)
+
+
+def test_what_the_class_token_adds_is_in_units_of_the_text_map_of_its_class() -> None:
+    fusion, offsets = ReferenceFusion(), torch.tensor([-0.5, 0.0, 7.0])
+    fusion.reset(classes=2)
+    text, reference = torch.rand(2, 4, 64) * torch.tensor([3.0, 9.0])[:, None, None], torch.rand(2, 4, 64)
+    for number in range(2):
+        fusion.fit(text[number], reference[number], torch.rand(4), number)
+    for number, index in ((0, None), (0, torch.tensor([0, 0, 0])), (1, torch.tensor([1, 1, 1]))):
+        units = offsets / text[number].std(correction=0)
+        torch.testing.assert_close(fusion.offset_units(offsets, index), units / (1 + units.abs() / 20))

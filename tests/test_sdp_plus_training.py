@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anomalib.engine import Engine
 from PIL import Image
 
-from anomalib_clipad import ClipAdSdpPlus, InputError
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.sdp_plus import save_adapter
 
@@ -24,6 +25,8 @@ from .conftest import (
     weights,
     write_category,
 )
+
+BARE = {"visualizer": False}
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +257,46 @@ def test_a_mask_of_another_size_is_fitted_to_its_image(small_clip: str, tmp_path
         datamodule=AuxiliaryDataModule(part(tmp_path, "gear"), num_workers=0),
     )
     assert engine.trainer.callback_metrics["train_loss"].isfinite()
+
+
+def test_what_was_held_out_is_scored_as_its_own_category(small_clip: str, auxiliary_root: Path, tmp_path: Path) -> None:
+    """As anomalib's train does behind fit, and with SDP, too."""
+    model = ClipAdSdpPlus(backbone=small_clip, lr=1e-2, **BARE)
+    data = auxiliary(auxiliary_root)
+    figures = new_engine(tmp_path, max_epochs=1).train(model, datamodule=data)[0]
+    assert 0 <= figures["pixel_AP"] <= 1
+    for one in (model, ClipAdSdp(backbone=small_clip, **BARE)):
+        engine = new_engine(tmp_path)
+        engine.test(one, datamodule=auxiliary(auxiliary_root), verbose=False)
+        assert one.model.class_names == ("gear", "plate")
+        table = pd.read_csv(Path(engine.trainer.default_root_dir) / "test/latest/predictions.csv")
+        assert all(row["class"] in row.path for _, row in table.iterrows())
+        assert set(table["class"]) == {"gear", "plate"}
+
+
+def test_a_training_can_be_repeated_whatever_was_drawn_before(
+    small_clip: str, auxiliary_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for seed in ("0", "0", "1"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        torch.rand(len(found) + 1)
+        model = ClipAdSdpPlus(backbone=small_clip, **BARE)
+        new_engine(tmp_path, max_epochs=1).fit(model, datamodule=auxiliary(auxiliary_root))
+        found.append(state(model)["0.weight"])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_training_says_what_it_takes_no_notice_of_and_where_the_best_layers_are(
+    small_clip: str, auxiliary_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="anomalib_clipad")
+    data = auxiliary(auxiliary_root)
+    with pytest.raises(InputError, match="few_shot_source nowhere does not exist"):
+        new_engine(tmp_path).fit(ClipAdSdpPlus(backbone=small_clip, few_shot_source="nowhere", **BARE), datamodule=data)
+    model = ClipAdSdpPlus(backbone=small_clip, class_name="cup", k_shot=2, **BARE)
+    engine = new_engine(tmp_path, max_epochs=1)
+    engine.fit(model, datamodule=data)
+    assert "Training takes no notice of class_name, k_shot;" in caplog.text
+    assert f"on held-out images, are in {engine.best_model_path}" in caplog.text

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from anomalib_clipad.components import PromptEnsemble, TextEncoder, select_representative_vector
+from anomalib_clipad.components.representative_vector import check_rvs
 from anomalib_clipad.errors import InputError
 
 from .conftest import Parity, make_clip
@@ -213,3 +214,16 @@ def test_prompts_that_are_cut_are_said(tokenizer: object, caplog: pytest.LogCapt
     encoder.text_features(" ".join(["screw"] * 80), ensemble, "mean")
     assert "2 prompts of 'screw screw" in caplog.text
     assert "are longer than the text tower reads, so their ends are lost" in caplog.text
+
+
+def test_principal_direction_points_to_the_prompts() -> None:
+    """Whatever sign the decomposition gives: one prompt opposite to all others is the longest along the direction."""
+    one = F.normalize(torch.randn(1, 8), dim=-1)
+    cloud = F.normalize(torch.cat([one, 0.2 * torch.randn(6, 8) - one]), dim=-1)
+    assert select_representative_vector(cloud, "pca") @ cloud.mean(dim=0) > 0
+
+
+def test_defaults_of_the_methods_are_the_papers() -> None:
+    assert check_rvs("dbscan") == {"eps": 0.5, "min_samples": 15}
+    assert check_rvs("kde") == {"bandwidth": 0.3}
+    assert check_rvs("mean_shift") == {"bandwidth": 2.0}

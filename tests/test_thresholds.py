@@ -4,10 +4,12 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from anomalib import LearningType
 from anomalib.data import Folder, PredictDataset
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomalib_clipad import ClipAdSdp
@@ -273,3 +275,57 @@ def test_a_post_processor_of_ones_own_has_its_rate(small_clip: str) -> None:
     model = ClipAdSdp("cup", small_clip, post_processor=ClipAdPostProcessor(false_alarm_rate=0.1))
     assert model.post_processor.false_alarm_rate == 0.1
     assert model.post_processor.map_scale == model.model.map_scale
+
+
+def test_good_parts_of_which_some_have_a_raised_map_keep_a_range(small_clip: str, tmp_path: Path) -> None:
+    """The mean of all maps is then above the threshold of a larger rate."""
+    source = tmp_path / "good"
+    source.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(10):
+        low, high = (60, 70) if number < 8 else (0, 256)
+        pixels = generator.integers(low, high, (64, 64, 3), dtype=np.uint16).astype(np.uint8)
+        Image.fromarray(pixels).save(source / f"{number}.png")
+    for rate in (0.3, 0.5):
+        model = ClipAdSdp("cup", small_clip, few_shot_source=source, false_alarm_rate=rate, **BARE)
+        maps = predict(model, tmp_path / str(rate), data_path=source)["anomaly_map"]
+        assert model.post_processor.pixel_max - model.post_processor.pixel_min > 1e-3
+        assert len(maps[:8].unique()) > 100
+
+
+def test_an_image_that_is_not_a_number_is_anomalous_where_scores_have_no_range(small_clip: str, tmp_path: Path) -> None:
+    pixels = np.full((64, 64), 0.5, np.float32)
+    pixels[3, 3] = np.nan
+    Image.fromarray(pixels).save(tmp_path / "nan.tiff")
+    model = ClipAdSdp("cup", small_clip, **BARE)
+    model.choose_class("cup")
+    for name in ("image_min", "image_max", "_image_threshold", "pixel_min", "pixel_max", "_pixel_threshold"):
+        getattr(model.post_processor, name).fill_(0.3)
+    found = predict(model, tmp_path, data_path=tmp_path / "nan.tiff")
+    assert found["pred_score"].isnan().all()
+    assert found["anomaly_map"].isnan().all()
+    assert found["pred_label"].all()
+    assert found["pred_mask"].all()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_thresholds_are_said_where_they_stay(
+    several: bool, small_clip: str, parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not those of references that labelled images take the place of; nor twice."""
+    caplog.set_level(logging.INFO, logger="anomalib_clipad")
+    names = ["cup", "nut"] if several else "cup"
+    unlabelled = {"val_split_mode": "none"}
+    for arguments, data, said in (
+        ({"k_shot": 4}, {}, 0),
+        ({"k_shot": 4}, unlabelled, 1),
+        ({"k_shot": 4, "false_alarm_rate": 0.25}, {}, 1),
+        ({"false_alarm_rate": 0.25}, unlabelled, 1),
+    ):
+        caplog.clear()
+        model = ClipAdSdp(names, small_clip, **arguments, **BARE)
+        new_engine(tmp_path).test(model, datamodule=folder(parts, **data), verbose=False)
+        found = [line for line in caplog.messages if "False-alarm rate:" in line or "is the threshold:" in line]
+        assert len(found) == said * len({line.split(" of '")[-1] for line in found} or {""}), found
+        assert bool(found) == bool(said)
+        assert len(set(found)) == len(found)

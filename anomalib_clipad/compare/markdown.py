@@ -122,7 +122,7 @@ def _verdict_lines(done: pd.DataFrame, kept: Mapping[str, Kept], drawn: set[str]
         lines += [_table(cells.unstack("model", fill_value="", sort=False)), ""]
     lines += _class_lines(done, judged, kept)
     if "seed" in done and done["seed"].nunique() > 1:
-        lines += ["Verdicts, histograms and examples are those of a model's first seed.", ""]
+        lines += ["Verdicts, histograms, examples and words are those of a model's first seed.", ""]
     return lines
 
 

@@ -143,6 +143,8 @@ def shots_figure(done: pd.DataFrame, metrics: list[str]) -> Figure:
             axis.plot(places, middle, "o-", color=colour, label=shortened(str(family)), markersize=4)
             axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
         axis.set_xticks(range(len(counts)), [f"{count:.0f}" for count in counts])
+        least, most = axis.get_ylim()
+        axis.set_yticks([tick for tick in axis.get_yticks() if max(least, 0) <= tick <= min(most, 100)])  # no 104 %
         axis.set_xlabel("normal images")
         axis.set_title(f"{METRICS[name]}, %", fontsize=11)
         axis.grid(alpha=0.3)

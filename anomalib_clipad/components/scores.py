@@ -178,8 +178,9 @@ class ScoreFusion(Float32Buffers):
 
     def reset(self, classes: int = 1) -> None:
         """Forget the ranges, and have some for so many classes from now on."""
-        self.score_min = self.score_min.new_full((classes, 2), float("nan"))
-        self.score_max = self.score_min.clone()
+        with torch.inference_mode(mode=False):  # see above
+            self.score_min = self.score_min.new_full((classes, 2), float("nan"))
+            self.score_max = self.score_min.clone()
 
     def _load_from_state_dict(
         self,

@@ -8,7 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
@@ -233,6 +233,8 @@ class AuxiliaryDataModule(AnomalibDataModule):
         sampler: DistributedSampler = DistributedSampler(
             self.train_data, num_replicas=replicas, rank=rank, seed=self.seed or 0
         )
+        if trainer:  # Lightning names the epoch to it too late where workers are to read
+            sampler.set_epoch(cast("Any", trainer.fit_loop.epoch_progress.current).processed)
         return self._loader(self.train_data, self.train_batch_size, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:

@@ -136,7 +136,8 @@ class ReadableDataset(Dataset):
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> object:
-        if name == "dataset":  # not there yet where pickle makes a copy for a worker
+        # The first is not there yet where pickle makes a copy for a worker; the second would go round our own reading.
+        if name in ("dataset", "__getitems__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 

@@ -84,6 +84,7 @@ class CheckpointMixin(ClassesMixin):
                 msg = f"The state dict is of a model with image_size {size}, and this one has {here}; give it that one."
                 raise InputError(msg)
             self.restore_size({SIZE: size})
+        self.forget_measured()
         own = {key: value for key, value in self.state_dict().items() if key.startswith((*NOT_SAVED, EXTRA_STATE))}
         return super().load_state_dict({**own, **as_written_today(state_dict)}, *args, **kwargs)
 
@@ -147,6 +148,7 @@ class CheckpointMixin(ClassesMixin):
         check_state(state, expected, fitted=found.get("fitted") is True)
         checkpoint["state_dict"] = state
         self.restored = True
+        self.forget_measured()
 
     def _warn_of_unused(self, of_checkpoint: object) -> None:
         kept = of_checkpoint if isinstance(of_checkpoint, Mapping) else {}

@@ -51,7 +51,10 @@ def check_is_checkpoint(path: str | Path) -> None:
     path = Path(path)
     if not path.is_file() or not zipfile.is_zipfile(path):
         what = "is not a checkpoint" if path.exists() else "does not exist"
-        msg = f"ckpt_path {path} {what}; give the model.ckpt that a test run of this model wrote."
+        msg = (
+            f"ckpt_path {path} {what}; give the model.ckpt that a test run of this model wrote, or the last.ckpt of a "
+            "training to go on with."
+        )
         raise InputError(msg)
 
 

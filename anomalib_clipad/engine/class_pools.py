@@ -184,18 +184,21 @@ class ClassPoolsMixin(_PostProcessor):
             network: What has scored the images.
             everything: The images.
             trainer: The run's, if they are validation images.
-            more_follow: Whether validation images follow, so that a class may get enough.
+            more_follow: Whether validation images follow, so that a class may get enough, and nothing is said yet.
         """
-        names = network.class_names
+        names, unknown = network.class_names, torch.full((6,), torch.nan)
+        # What images of an earlier run have set is not to stay where these set nothing.
+        self._take_values(unknown)
+        self.good_scores = self.good_scores[:0]
+        network.fusion.reset(max(1, len(names)))
         if len(names) < 2:
-            self.set_from(network, everything, trainer)
+            self.set_from(network, everything, trainer, of=None if more_follow else "")
             return
         pools = [everything.of(number) for number in range(len(names))]
         usable = [self._usable(pool, trainer) for pool in pools]
         few = [number for number, count in enumerate(usable) if count < LEAST]
-        before = self.of_class.values.clone() if self.of_class.known else torch.full((len(names), 6), torch.nan)
         pixels = self._pixels()
-        self.set_from(network, everything, trainer, of="all classes together" if few else None)
+        self.set_from(network, everything, trainer, of="all classes together" if few and not more_follow else None)
         shared, shared_good = self._values(), self.good_scores
         self.of_class.take(shared, shared_good, len(names))
         both = self._pixel_threshold_metric, self._pixel_min_max_metric
@@ -204,10 +207,10 @@ class ClassPoolsMixin(_PostProcessor):
                 if not more_follow:
                     logger.warning(TOO_FEW, name, usable[number], "" if usable[number] == 1 else "s", LEAST)
                 continue
-            self._take_values(before[number])
+            self._take_values(unknown)
             self.good_scores = shared_good[:0]
             self._metrics_of(number, pixels)
-            self.set_from(network, pools[number], trainer, number, of=repr(name))
+            self.set_from(network, pools[number], trainer, number, of=None if more_follow else repr(name))
             self.of_class.take(self._values(), self.good_scores, len(names), number)
         self._pixel_threshold_metric, self._pixel_min_max_metric = both
         self._take_values(shared)

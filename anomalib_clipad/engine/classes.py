@@ -69,6 +69,10 @@ class ClassesMixin(_Module):
             self._statistics[network.class_names] = (self._normal_key, states)
             network.forget_classes()
 
+    def forget_measured(self) -> None:
+        """Have measured nothing, on any class: what is loaded is of another model."""
+        self._normal_key, self._statistics = None, {}
+
     def choose_class(self, *names: str) -> None:
         """Encode the prompts of classes, unless a checkpoint has brought their text vectors."""
         network = self.model

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from typing import cast
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -23,8 +24,8 @@ class DefectNaming(ScoredBatches):
     """Writes into ``explanation`` of a batch what its anomalous images resemble, where a model has words for it.
 
     It acts when the region is known, that is behind the post-processor. A normal image's explanation is empty. The word
-    and, where folders tell, the true one are in ``defect_word`` and ``defect_truth``. A test in one process ends with
-    how often the words were right, beside what guessing gives.
+    and, where folders tell, the true one are in ``defect_word`` and ``defect_truth``. A test ends with how
+    often the words were right, beside what guessing gives.
 
     Example:
         >>> from anomalib.engine import Engine
@@ -73,9 +74,14 @@ class DefectNaming(ScoredBatches):
 
     def end(self, trainer: Trainer, model: LightningModule) -> None:
         """Say how often the words were right, where the data tell."""
-        if self._known and trainer.world_size == 1:
+        known = self._known
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, known)
+            known = list(chain.from_iterable(parts))
+        if known and trainer.is_global_zero:
             vocabulary = cast("ZeroShotNetwork", model.model).defect_names.vocabulary
-            truth, given = zip(*self._known, strict=True)
+            truth, given = zip(*known, strict=True)
             figures = NamingFigures.of(
                 [vocabulary[index] for index in truth],
                 [vocabulary[index] if index >= 0 else None for index in given],

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_clipad.data.readable import ReadableDataLoader
 from anomalib_clipad.engine.checkpoint_file import CheckedCheckpointIO
-from anomalib_clipad.engine.precision import warn_of_slow_precision
+from anomalib_clipad.engine.precision import warn_of_rounded_weights, warn_of_slow_precision
 from anomalib_clipad.engine.scored_batches import ScoredBatches
 
 LOOPS = {
@@ -154,6 +154,7 @@ def checked_checkpoints(trainer: Trainer) -> Iterator[None]:
 def no_validation(trainer: Trainer) -> Iterator[None]:
     """Run no validation batch: anomalib validates zero-shot models first, also without validation data."""
     limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
+    trainer.validate_loop._max_batches = []  # an earlier run's, which a limit of 0 leaves
     try:
         yield
     finally:
@@ -202,7 +203,7 @@ class RunGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the trainer."""
         warn_of_slow_precision(trainer)
-        del pl_module
+        warn_of_rounded_weights(trainer, next(pl_module.parameters()).dtype)
         self._stack.enter_context(readable_images(trainer))
         self._stack.enter_context(images_converted_on_the_gpu(trainer))
         self._stack.enter_context(checked_checkpoints(trainer))

@@ -41,8 +41,7 @@ class NormalClassesMixin(NormalImagesMixin):
             total = len(references) - sum(wanted) + len(others)
             scored = chain(scored, self._score_named(chain(*streams, others.named()), total, number_of))
         evidence: list[tuple[torch.Tensor, torch.Tensor]] = []
-        more_follow = self._trainer is not None and bool(self.trainer.validating)
-        post_processor.set_from_normal(self.model, evidence_kept(scored, evidence), used, more_follow)
+        post_processor.set_from_normal(self.model, evidence_kept(scored, evidence), used, self._more_follow)
         if evidence:
             self.model.fit_defect_baseline(*(torch.cat(values) for values in zip(*evidence, strict=True)))
 

@@ -155,6 +155,11 @@ class NormalImagesMixin(ClassesMixin):
     def _wants_references(self) -> bool:
         return bool(self.k_shot or self.few_shot_source)
 
+    @property
+    def _more_follow(self) -> bool:
+        """Whether validation images follow, which may set other thresholds."""
+        return self._trainer is not None and bool(self.trainer.validating)
+
     def check_region(self, datasets: Iterable[Any]) -> None:
         """Refuse pictures that a region's mask does not fit; for the models to fill."""
         raise NotImplementedError
@@ -183,8 +188,11 @@ class NormalImagesMixin(ClassesMixin):
                 )
                 raise InputError(msg)
             return  # a run without a data module goes on with what an earlier one has set
-        key = (self.model.class_names, self.k_shot, references.paths, others.paths)
-        known = self._normal_key if datamodule is not None or self._normal_key is None else (*self._normal_key[:3], ())
+        # Outside of a run what it has set stays.
+        before = None if self._normal_key is None else self._normal_key[0]
+        precision = before if self._trainer is None else self.trainer.precision
+        key = (precision, self.model.class_names, self.k_shot, references.paths, others.paths)
+        known = self._normal_key if datamodule is not None or self._normal_key is None else (*self._normal_key[:4], ())
         if key == known and self.model.references.fitted == self._wants_references:
             return  # without a data module what its images have set stays
         tested = getattr(datamodule, "test_data", None)
@@ -219,7 +227,7 @@ class NormalImagesMixin(ClassesMixin):
         if post_processor.false_alarm_rate is not None:
             scored = chain(scored, self._score(chain(images, others), len(references) - used + len(others)))
         evidence: list[tuple[torch.Tensor, torch.Tensor]] = []
-        post_processor.set_from_normal(self.model, evidence_kept(scored, evidence), references=used)
+        post_processor.set_from_normal(self.model, evidence_kept(scored, evidence), used, self._more_follow)
         if evidence:
             self.model.fit_defect_baseline(torch.cat([one for one, _ in evidence]))
 

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 # anomalib's, of which thresholds and ranges are made.
 METRICS = tuple(f"_{level}_{kind}_metric" for level in ("image", "pixel") for kind in ("threshold", "min_max"))
 STEP = 0.01  # as far below a score as its threshold may look for the next one; the least range of scores, too
+LEAST_SPREAD = 1e-6  # of maps of one value, which is not to be lost beside it
 # Of the range of scores. In float32 a normal image differs by less in another batch, which is not to change its label.
 ROUNDING = 5e-6
 
@@ -126,7 +127,11 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         summary, classes, is_reference = summary[known], classes[known], is_reference[known]
         self.normal = torch.cat([summary, is_reference[:, None]], dim=1).to(self.normal)
         self.normal_class = classes.to(self.normal) if len(network.class_names) > 1 else self.normal_class[:0]
-        pool = Pool(summary[:0], summary[:0, 0].int(), self.normal, self.normal_class.long())
+        self._set_from_normal(network, more_follow)
+
+    def _set_from_normal(self, network: ZeroShotNetwork, more_follow: bool = False) -> None:
+        none = self.normal[:0, :5]
+        pool = Pool(none, none[:, 0].int(), self.normal, self.normal_class.long())
         self.set_pools(network, pool, None, more_follow)
 
     def on_validation_batch_end(  # type: ignore[override]  # anomalib hands on batches, not what Lightning names
@@ -165,6 +170,8 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
                     "No validation image of one process has a score that is a number; replace them, or use one process."
                 )
                 raise InputError(msg)
+            if len(self.normal) and trainer.state.fn != TrainerFn.FITTING:  # nothing has followed
+                self._set_from_normal(cast("ZeroShotNetwork", pl_module.model))
             return
         network = cast("ZeroShotNetwork", pl_module.model)
         summary = self._validated.compute().reshape(-1, 5)
@@ -254,8 +261,9 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
 
     def _set_pixels(self, network: ZeroShotNetwork, normal: torch.Tensor, number: int | None) -> None:
         pixel = conformal_threshold(normal[:, 2], self.false_alarm_rate)
-        # Most pixels of a normal image are shown as 0.
-        spread = max(pixel.value - float(normal[:, 3].mean()), torch.finfo().tiny)
+        # Most pixels of a normal image are shown as 0; those above the threshold have a part of the map raised.
+        quiet = normal[normal[:, 2] <= pixel.value, 3]
+        spread = max(pixel.value - float(quiet.mean()), LEAST_SPREAD * max(1.0, abs(pixel.value)))
         self._set("pixel", pixel.value + ROUNDING * spread, spread)
         self._take_offset(network, float(normal[:, 4].max()), number)
 

@@ -29,6 +29,21 @@ def warn_of_slow_precision(trainer: Trainer) -> None:
         _warn_once(str(trainer.precision), dtype)
 
 
+def warn_of_rounded_weights(trainer: Trainer, weights: torch.dtype) -> None:
+    """Say that weights were rounded by an earlier run, since Lightning leaves them so where float32 is asked for.
+
+    Args:
+        trainer: Of the run.
+        weights: Their type.
+
+    Example:
+        >>> warn_of_rounded_weights(Trainer(logger=False, accelerator="cpu"), torch.float32)
+    """
+    if trainer.precision == "32-true" and weights != torch.float32:
+        name = str(weights).removeprefix("torch.")
+        logger.warning("The weights were rounded to %s by an earlier run; build the model anew for float32.", name)
+
+
 @cache
 def _warn_once(precision: str, dtype: torch.dtype) -> None:
     if (times := seconds_of(dtype) / seconds_of(torch.float32)) > SLOWER:

@@ -111,10 +111,14 @@ class Products:
 def class_of(datamodule: object) -> tuple[str, ...]:
     """The class of a data module: its category, else its name; nothing where it has neither.
 
+    One that joins several data sets, as for training, has the classes of all of them.
+
     Example:
         >>> class_of(widgets)
         ('widget',)
     """
+    if several := getattr(datamodule, "class_names", None):
+        return tuple(several)
     names = (getattr(datamodule, key, None) for key in ("category", "name"))
     return tuple(name for name in names if isinstance(name, str) and name.strip())[:1]
 

@@ -107,7 +107,7 @@ class ScoredBatches(Callback):
             trainer: The run's.
             model: That has scored it.
             batch: As the callbacks before this one have left it.
-            number: Of the batch, another one in every process.
+            number: Of the batch, another one in every process and of every loader.
         """
         raise NotImplementedError
 
@@ -128,8 +128,9 @@ class ScoredBatches(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """See :meth:`on_scored`."""
-        del batch, dataloader_idx
-        number = f"{trainer.global_rank}-{batch_idx}" if trainer.world_size > 1 else str(batch_idx)
+        del batch
+        number = f"{dataloader_idx}-{batch_idx}" if dataloader_idx else str(batch_idx)
+        number = f"{trainer.global_rank}-{number}" if trainer.world_size > 1 else number
         self.on_scored(trainer, pl_module, ZeroShotBatch.of(outputs), number)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

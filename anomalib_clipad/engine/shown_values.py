@@ -66,4 +66,5 @@ class ShownValuesMixin(ClassPoolsMixin):
         limits = self.limits(level, class_index, dims=values.ndim - 1)
         known = (limit.nan_to_num(value) for limit, value in zip(limits, (0.0, 1.0, 0.5), strict=True))
         normalised = cast("torch.Tensor", self._normalize(values, *known))
-        return torch.where(limits[-1].isnan(), by_rule, normalised)
+        # anomalib gives 0.5 for NaN where the range is nothing.
+        return torch.where(limits[-1].isnan(), by_rule, torch.where(values.isnan(), values, normalised))

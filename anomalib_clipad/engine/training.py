@@ -4,6 +4,7 @@ CLIP-AD (arXiv 2311.00453), section 3.4; what is learned belongs to the network,
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -28,6 +29,7 @@ from anomalib_clipad.engine.checkpoint_state import OF_CLASSES
 from anomalib_clipad.engine.host import RunGuard, datamodule_of
 from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.engine.network import ZeroShotNetwork
+from anomalib_clipad.engine.normal_images import SEED, NormalImages
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.run_folder import share_folder
 from anomalib_clipad.errors import InputError
@@ -36,6 +38,7 @@ from anomalib_clipad.plugin import DEMO
 logger = logging.getLogger(__name__)
 
 PAPER_EPOCHS = 5
+NOT_FOR_TRAINING = ("class_name", "k_shot", "few_shot_source", "false_alarm_rate", "defects")
 
 
 class TrainableNetwork(ZeroShotNetwork, Protocol):
@@ -66,10 +69,19 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
     _uncalibrated: bool = False  # whether the layers came with a checkpoint that holds no thresholds
 
     def adopt_training(self, lr: float, trained_on: Sequence[str] | None) -> None:
-        """Take over the learning rate, and the categories that were trained on; ``None`` for untrained layers."""
+        """Take over the learning rate, and the categories that were trained on.
+
+        ``None`` for untrained layers, which begin with random values by Lightning's seed, so that trainings can be
+        repeated.
+        """
         self.lr = lr
         self.trained = trained_on is not None
         self.trained_on = list(trained_on or ())
+        if not self.trained:
+            with torch.random.fork_rng(devices=[]):  # the command line seeds nothing
+                torch.manual_seed(int(os.environ.get(SEED, "0")))
+                for layer in self.model.trained_layers.children():
+                    cast("nn.Linear", layer).reset_parameters()
 
     @property
     def learning_type(self) -> LearningType:
@@ -131,6 +143,10 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         if self.model.tile_size is not None and data.cache_features:
             msg = "cache_features keeps the features of whole pictures, not of tiles; leave it, or tile_size, out."
             raise InputError(msg)
+        if self.few_shot_source:
+            NormalImages.of_folder(self.few_shot_source, nn.Identity())  # a wrong folder is said now
+        if unused := [name for name in NOT_FOR_TRAINING if self.hparams.get(name)]:
+            logger.info("Training takes no notice of %s; tests and predictions do.", ", ".join(unused))
         share_folder(self.trainer)
         self.say_size()
         self.trained_on = list(data.class_names)
@@ -143,6 +159,13 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         """From now on a zero-shot model, of no class yet."""
         self.trained = True
         self.model.forget_classes()
+        best = next((one for one in self.trainer.checkpoint_callbacks if getattr(one, "monitor", None)), None)
+        if isinstance(best, ModelCheckpoint) and best.best_model_score is not None and self.trainer.is_global_zero:
+            logger.info(
+                "The best layers, with a pixel AP of %.1f %% on held-out images, are in %s; the model at hand has "
+                "those of the last epoch.",
+                *(100 * float(best.best_model_score), best.best_model_path),
+            )
 
     def _taps(self, batch: ImageBatch) -> tuple[DualPathFeatures, torch.Tensor]:
         images, masks = cast("torch.Tensor", batch.image), cast("torch.Tensor", batch.gt_mask)
@@ -170,6 +193,10 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         if self.trainer.state.fn == TrainerFn.FITTING:
             return
         self.check_trained()
+        if self.trainer.validating and isinstance(datamodule_of(self.trainer), AuxiliaryDataModule):
+            logger.warning(
+                "The layers are trained already, and fit does not go on with them; build a model without adapter."
+            )
         super().prepare_classes()
         if self._uncalibrated:
             # anomalib takes a checkpoint's thresholds for granted, but a training run has none for these data.
@@ -179,6 +206,10 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
             logger.warning(
                 "The layers were trained on %s: what they score there is not a zero-shot result.", ", ".join(seen)
             )
+
+    @property
+    def _more_follow(self) -> bool:
+        return super()._more_follow or (self._uncalibrated and hasattr(datamodule_of(self.trainer), "val_data"))
 
     def prepare_export(self, datamodule: AnomalibDataModule | None = None) -> None:
         """Refuse to export untrained layers."""

@@ -18,6 +18,7 @@ from anomalib_clipad.plugin import DEMO, DEMO_FOLDER
 
 PREFIX = "fc."  # the authors' name for the layers, kept in our files
 CHECKPOINT_PREFIX = "model.adapter."
+TORCH = (".pth", ".pt", ".ckpt", ".bin")  # what reads these by their name would fail
 KINDS = "a .safetensors of save_adapter, a checkpoint of ClipAdSdpPlus, or the authors' .pth"
 
 
@@ -55,7 +56,8 @@ def load_adapter(
         raise InputError(msg)
     path = DEMO_FOLDER / "adapter.safetensors" if path == DEMO else Path(path)
     if not is_file(path):
-        msg = f"The adapter {path} does not exist; train one with anomalib fit, or give the file of another."
+        what = "is a folder" if path.is_dir() else "does not exist"
+        msg = f"The adapter {path} {what}; train one with anomalib fit, or give the file of another."
         raise InputError(msg)
     state, metadata = _read(path)
     if len(state) // 2 != len(layers):
@@ -98,6 +100,9 @@ def save_adapter(layers: nn.ModuleList, path: str | PathLike[str], /, **metadata
     _check_layers(layers)
     if not isinstance(path, str | PathLike) or not Path(path).name:
         msg = f"path must be that of a file to write, got {path!r}."
+        raise InputError(msg)
+    if Path(path).suffix in TORCH:
+        msg = f"Layers are saved as safetensors, got {path}; give it the ending .safetensors."
         raise InputError(msg)
     state = {PREFIX + key: value.detach().cpu().contiguous() for key, value in layers.state_dict().items()}
     if not all(value.isfinite().all() for value in state.values()):

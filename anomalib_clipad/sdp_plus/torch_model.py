@@ -17,7 +17,7 @@ from anomalib_clipad.components.linear import linear
 from anomalib_clipad.components.scores import LOGIT_SCALE, MapScale
 from anomalib_clipad.components.surgery import margin
 from anomalib_clipad.sdp.torch_model import ClipAdSdpModel
-from anomalib_clipad.sdp_plus.loss import dice_loss, focal_loss
+from anomalib_clipad.sdp_plus.loss import losses_of_taps
 
 
 class ClipAdSdpPlusModel(ClipAdSdpModel):
@@ -78,9 +78,7 @@ class ClipAdSdpPlusModel(ClipAdSdpModel):
         """
         with torch.autocast(masks.device.type, enabled=False):
             probabilities = self.linear_probabilities(original, self.select_text_features(class_index))
-            focal = torch.stack([focal_loss(p, masks) for p in probabilities]).sum()
-            dice = torch.stack([dice_loss(p[:, 1], masks) for p in probabilities]).sum()
-        return focal, dice
+            return losses_of_taps(probabilities, masks)
 
     def loss_of_pictures(
         self, images: torch.Tensor, masks: torch.Tensor, class_index: torch.Tensor | None = None
