@@ -48,3 +48,24 @@ def test_scores_and_maps_are_shown_where_the_post_processor_shows_them(
         np.testing.assert_allclose(shown_score.clip(0, 1), expected.pred_score.numpy(), atol=1e-6)
         np.testing.assert_allclose(shown_map.clip(0, 1), expected.anomaly_map.numpy(), atol=1e-6)
     assert (np.diff(shown_score) > 0).all(), "not clamped, so the order stays"
+
+
+def test_good_images_of_one_score_set_the_threshold_there() -> None:
+    """Such as a single one."""
+    scales = choose_scales(None, [3.0, 5.0], [(1.0, 1.0), (0.0, 4.0)], [0, 1])
+    assert scales.score.shown([2.0, 3.0, 5.0]).tolist() == [0.0, 0.5, 1.0]
+    assert scales.map.shown([0.0, 1.0, 4.0]).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_good_images_without_a_number_leave_a_scale() -> None:
+    scales = choose_scales(None, [np.nan, 5.0], [(np.nan, np.nan), (0.0, 4.0)], [0, 1])
+    assert scales.score.shown([-1.0, 0.0, 5.0]).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_what_is_not_normalised_is_shown_from_0_to_1_with_the_threshold_in_the_middle() -> None:
+    processor = PostProcessor(enable_normalization=False)
+    processor._image_threshold.fill_(2.0)
+    processor._pixel_threshold.fill_(0.5)
+    scales = choose_scales(processor, [1.0, 2.0, 6.0], [(0.0, 0.75), (0.25, 0.5), (0.25, 1.5)], [None] * 3)
+    assert scales.score.shown([1.0, 2.0, 6.0]).tolist() == [0.375, 0.5, 1.0]
+    assert scales.map.shown([0.0, 0.5, 1.5]).tolist() == [0.25, 0.5, 1.0]

@@ -11,7 +11,9 @@ from anomalib_clipad.components import conformal_threshold, p_values
 from anomalib_clipad.errors import InputError
 
 
-@pytest.mark.parametrize(("images", "rate"), [(19, 0.05), (39, 0.05), (99, 0.01), (9, 0.1), (50, 0.3), (3, 0.5)])
+@pytest.mark.parametrize(
+    ("images", "rate"), [(19, 0.05), (39, 0.05), (99, 0.01), (9, 0.1), (50, 0.3), (3, 0.5), (38, 0.05)]
+)
 def test_the_threshold_is_the_score_of_the_right_rank(images: int, rate: float) -> None:
     scores = torch.randperm(images).float()
     threshold = conformal_threshold(scores, rate)

@@ -103,6 +103,16 @@ def test_tiles_count_twice_beside_the_whole_picture() -> None:
     assert_close(named(model, image, pixels)[0], values)
 
 
+def test_words_of_cut_pictures_do_not_depend_on_the_batch() -> None:
+    size = {"image_size": (32, 56), "tile_size": 32}
+    model = ClipAdSdpModel(clip=make_clip(), class_names=["nut"], defects=WORDS, rvs="mean", **size)
+    images, pixels = torch.randn(2, 3, 32, 56), torch.rand(2, 32, 56)
+    together = named(model, images, pixels)
+    for number in range(2):
+        (alone,) = named(model, images[number : number + 1], pixels[number : number + 1])
+        assert together[number].probabilities == pytest.approx(alone.probabilities, abs=1e-4)
+
+
 @pytest.mark.parametrize("network", [ClipAdSdpModel, ClipAdSdpPlusModel])
 def test_words_change_no_figure(network: type[ClipAdSdpModel]) -> None:
     images, clip = torch.randn(3, 3, 32, 32), make_clip()

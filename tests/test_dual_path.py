@@ -76,6 +76,7 @@ def naive(visual: nn.Module, images: torch.Tensor, layers: list[int]) -> tuple[d
     [
         ({}, None),
         ({"layers": 24, "quick_gelu": True}, None),
+        ({"act_kwargs": {"approximate": "tanh"}}, None),
         ({"layers": 8, "ls_init_value": 0.3, "patch_size": 4}, [1, 5, 8]),
         ({"layers": 12, "image_size": (24, 40)}, [2, 7]),
         ({"no_ln_pre": True}, [4]),

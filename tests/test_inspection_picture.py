@@ -8,7 +8,7 @@ from PIL import Image, ImageChops
 
 from anomalib_clipad.data.verdict import Verdict
 from anomalib_clipad.pictures import text
-from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, PREDICTED
+from anomalib_clipad.pictures.heatmap import GROUND_TRUTH, PREDICTED, legend, outline
 from anomalib_clipad.pictures.image_file import read_picture
 from anomalib_clipad.pictures.inspection import BACKGROUND, BADGES, MARGIN, inspection_picture
 from anomalib_clipad.pictures.text import lettering
@@ -61,6 +61,29 @@ def test_the_outlines_are_where_the_masks_are() -> None:
         found = [rows.min(), columns.min(), rows.max() - 9, columns.max() - 9]
         assert np.abs(np.subtract(box, found)).max() <= 1
         assert (panel[15 * 10, 10 * 10 :: 400] == (120, 120, 120)).all()
+
+
+def test_an_outline_is_closed_with_a_black_line_around_it() -> None:
+    mask, wanted = np.zeros((40, 60), dtype=bool), np.full((40, 60, 3), 255)
+    mask[10:30, 15:45] = True
+    wanted[8:32, 13:47], wanted[10:30, 15:45], wanted[12:28, 17:43] = 0, GROUND_TRUTH, 255
+    drawn = outline(Image.new("RGB", (60, 40), "white"), mask, GROUND_TRUTH)
+    np.testing.assert_array_equal(pixels_of(drawn), wanted)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
+def test_the_legend_marks_the_threshold_where_it_is(threshold: float) -> None:
+    marked, plain = (pixels_of(legend(201, value)) for value in (threshold, None))
+    assert (plain[12:16] == 255).all()
+    assert plain[16:, :10].min() < 100 > plain[16:, -10:].min(), "the ends of the scale"
+    line, words = (
+        np.flatnonzero((marked[rows] != plain[rows]).any(axis=(0, 2))) for rows in (slice(15), slice(16, 30))
+    )
+    assert line.tolist() == [200 * threshold]
+    assert not marked[:15, line].any()
+    assert len(words) > 50
+    if threshold == 0.5:
+        assert abs(words[0] + words[-1] - 200) <= 4
 
 
 def test_a_map_that_is_not_a_number_is_grey_and_said() -> None:

@@ -191,6 +191,7 @@ def test_thresholds_return_with_the_classes(listed: tuple[ClipAdSdp, dict]) -> N
     model.choose_class("plate")
     assert not model.post_processor.of_class.known
     assert model.post_processor.image_threshold.isnan()
+    assert not model.model.class_choice.ready, "there is nothing to choose from"
     model.choose_class(*NAMES)
     assert torch.equal(model.post_processor.of_class.values, before)
     assert model.model.class_choice.ready

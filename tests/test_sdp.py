@@ -53,8 +53,9 @@ def test_text_vectors_equal_release(parity: Parity, parity_clip: open_clip.CLIP,
     torch.testing.assert_close(model.text_features, parity.text_features(key), atol=1e-5, rtol=0)
 
 
-def test_surgery_follows_the_long_form() -> None:
-    taps = [torch.randn(2, 10, 7).double() for _ in range(3)]
+@pytest.mark.parametrize("stages", [1, 3])
+def test_surgery_follows_the_long_form(stages: int) -> None:
+    taps = [torch.randn(2, 10, 7).double() for _ in range(stages)]
     text = F.normalize(torch.randn(2, 2, 7).double(), dim=-1)
 
     def long_form(with_weights: bool) -> torch.Tensor:
@@ -143,6 +144,7 @@ def test_image_size_other_than_native(parity_clip: open_clip.CLIP) -> None:
 def test_image_score_without_validation_stays_in_the_unit_interval(release: ClipAdSdpModel, parity: Parity) -> None:
     prediction = release(parity["input/image"])
     assert ((prediction.pred_score > 0) & (prediction.pred_score < 1)).all()
+    assert release.score_limits == (0.0, 1.0)
 
 
 def test_image_score_with_ranges_is_the_papers(parity: Parity, parity_clip: open_clip.CLIP) -> None:
@@ -226,3 +228,17 @@ def test_ranges_are_fitted_after_a_run_in_inference_mode() -> None:
         fusion.reset(2)
     fused = fusion.fit(torch.tensor([0.2, 0.6]), torch.tensor([0.1, 0.3]), number=1)
     torch.testing.assert_close(fused, torch.tensor([0.0, 1.0]))
+
+
+def test_ranges_of_a_class_leave_those_of_the_others() -> None:
+    fusion = ScoreFusion(MapScale(0.0, 50.0))
+    fusion.reset(3)
+    fusion.fit(torch.tensor([0.2, 0.6]), torch.tensor([0.1, 0.3]), number=1)
+    assert fusion.score_min.isfinite().all(dim=1).tolist() == [False, True, False]
+    assert fusion.score_max.isfinite().all(dim=1).tolist() == [False, True, False]
+
+
+def test_ranges_that_a_version_of_one_class_has_written_are_read() -> None:
+    fusion = ScoreFusion(MapScale(0.0, 50.0))
+    fusion.load_state_dict({"score_min": torch.tensor([0.2, 0.1]), "score_max": torch.tensor([0.6, 0.3])})
+    torch.testing.assert_close(fusion(torch.tensor([0.4]), torch.tensor([0.2])), torch.tensor([0.5]))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomalib_clipad import ClipAdSdp
-from anomalib_clipad.components import Prediction
+from anomalib_clipad.components import MapScale, Prediction
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 
 from .conftest import LAYOUT, folder, new_engine, write_category, write_good
@@ -329,3 +329,27 @@ def test_thresholds_are_said_where_they_stay(
         assert len(found) == said * len({line.split(" of '")[-1] for line in found} or {""}), found
         assert bool(found) == bool(said)
         assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("processor", [False, {"enable_thresholding": False}])
+def test_without_labels_and_masks_the_other_figures_are_there(
+    small_clip: str, parts: Path, tmp_path: Path, processor: bool | dict
+) -> None:
+    processor = processor and ClipAdPostProcessor(**processor)
+    model = ClipAdSdp("cup", small_clip, post_processor=processor, **BARE)
+    (figures,) = new_engine(tmp_path / "a").test(model, datamodule=folder(parts), verbose=False)
+    kinds = {f"{level}_{kind}" for level in ("image", "pixel") for kind in ("AUROC", "F1Max", "AP")}
+    assert set(figures) == kinds | {"pixel_AUPRO"}
+    assert predict(model, tmp_path / "b", data_path=parts / "test").keys() == {"pred_score", "anomaly_map"}
+
+
+def test_without_thresholding_nothing_is_called_anomalous() -> None:
+    processor = ClipAdPostProcessor(MapScale(0.0, 50.0), enable_thresholding=False)
+    scores, maps = torch.tensor([0.9]), torch.full((1, 4, 4), 0.1)
+    shown = processor(Prediction(scores, maps, scores, scores))
+    assert shown.pred_label is None
+    assert shown.pred_mask is None
+    assert processor.pixel_mask(shown.anomaly_map) is None
+    raw = ClipAdPostProcessor(MapScale(0.0, 50.0), enable_normalization=False)(Prediction(scores, maps, scores, scores))
+    assert torch.equal(raw.anomaly_map, maps)
+    assert raw.pred_mask.all()
