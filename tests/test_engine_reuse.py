@@ -134,9 +134,9 @@ def test_layers_that_are_trained_are_not_trained_again(
 ) -> None:
     model, _ = fitted(small_clip, auxiliary_root, tmp_path, epochs=1)
     before = state(model)
-    assert "fit does not go on with them" not in caplog.text
+    caplog.set_level("INFO", logger="anomalib_clipad")
     new_engine(tmp_path, max_epochs=1).fit(model, datamodule=auxiliary(auxiliary_root))
-    assert "The layers are trained already, and fit does not go on with them" in caplog.text
+    assert "The layers are trained already; fit validates them and does not go on with them" in caplog.text
     assert all(torch.equal(state(model)[key], value) for key, value in before.items())
 
 
@@ -174,3 +174,30 @@ def test_images_of_two_loaders_have_names_of_their_own(small_clip: str, tmp_path
     run = Path(engine.trainer.default_root_dir) / "predict/latest"
     assert len(list((run / "images").rglob("*.png"))) == 4
     assert len(list((run / "report_files/heat").iterdir())) == 4
+
+
+def test_what_labelled_data_have_set_stays_where_later_runs_set_nothing(
+    small_clip: str, parts: Path, tmp_path: Path
+) -> None:
+    """In a prediction of another precision, and where the images of a test have no labels."""
+    source = write_good(tmp_path / "good", 3)
+    model = ClipAdSdp("cup", small_clip, few_shot_source=source, **BARE)
+    engine = new_engine(tmp_path / "a")
+    engine.test(model, datamodule=folder(parts), verbose=False)
+    expected = model.post_processor.image_threshold.clone()
+    new_engine(tmp_path / "b", precision="bf16-mixed").predict(model, data_path=parts / "test/good")
+    assert model.post_processor.image_threshold == expected
+    data = PredictDataset(parts / "test/good")
+    loader = DataLoader(data, collate_fn=data.collate_fn)
+    for one in (model, ClipAdSdp.load_from_checkpoint(weights(engine, "model.ckpt"), **BARE)):
+        new_engine(tmp_path / "c").validate(one, dataloaders=loader, verbose=False)
+        assert one.post_processor.image_threshold == expected
+
+
+def test_auxiliary_data_are_of_their_own_categories_whatever_the_argument(
+    small_clip: str, auxiliary_root: Path, tmp_path: Path
+) -> None:
+    for names in ("cup", ["plate", "gear"]):
+        model = ClipAdSdp(names, small_clip, **BARE)
+        new_engine(tmp_path).test(model, datamodule=auxiliary(auxiliary_root), verbose=False)
+        assert model.model.class_names == ("gear", "plate")

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
-from torchvision.transforms.v2 import Compose, Transform
+from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.tv_tensors import Mask
 
 from anomalib_clipad.components import Region
@@ -50,4 +50,5 @@ def fill_outside(data: AnomalibDataModule, fill: FillOutside) -> None:
     for subset in SUBSETS:
         name = f"{subset}_augmentations"
         own = getattr(data, name, None)
-        setattr(data, name, fill if own is None else Compose([fill, own]))
+        # anomalib puts the model's own resize in the place of one that stands alone.
+        setattr(data, name, fill if own is None or type(own) is Resize else Compose([fill, own]))

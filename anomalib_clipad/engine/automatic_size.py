@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 from anomalib.data import AnomalibDataModule
@@ -29,6 +30,7 @@ class AutomaticSizeMixin(ClassesMixin):
 
     automatic_size: bool
     _sizes: dict[tuple[str, ...], tuple[int, int]]  # those that were found, by the classes of a run
+    _seen: tuple[int, int] | None = None  # likewise, of the run before
     _after: tuple[int, int] | None = None  # height and width of the run's first picture, until it is said
 
     def adopt_size(self, image_size: object) -> None:
@@ -49,7 +51,9 @@ class AutomaticSizeMixin(ClassesMixin):
         if not self.automatic_size:
             return
         if self.restored:
-            self._after = shape_of_first_picture(datasets_of(self.trainer))
+            with suppress(InputError):  # only for a warning
+                shape = shape_of_first_picture(datasets_of(self.trainer))
+                self._after, self._seen = None if shape == self._seen else shape, shape
             return
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         names = TRAINING if fitting else self.classes_at_hand(datamodule_of(self.trainer))

@@ -153,6 +153,8 @@ class CheckpointMixin(ClassesMixin):
     def _warn_of_unused(self, of_checkpoint: object) -> None:
         kept = of_checkpoint if isinstance(of_checkpoint, Mapping) else {}
         asked = {name: value for name in OUTCOMES if (value := self.hparams.get(name))}
+        if self._trainer is not None and self.trainer.validating:
+            asked.pop("false_alarm_rate", None)  # by which the thresholds are set anew
         if unused := [f"{name} {value}" for name, value in asked.items() if str(value) != str(kept.get(name))]:
             logger.warning(
                 "The checkpoint's references and thresholds are used, %s is not; leave the checkpoint out for that.",

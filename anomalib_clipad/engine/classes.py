@@ -55,7 +55,8 @@ class ClassesMixin(_Module):
         return Products(self.class_name)
 
     def _names(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
-        return self.products.names or class_of(datamodule)
+        of_data = class_of(datamodule)
+        return of_data if len(of_data) > 1 else self.products.names or of_data  # several have an index of each image
 
     def classes_at_hand(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
         """The argument's classes, else the data's, else those that were used last."""

@@ -33,6 +33,16 @@ MOST_REFERENCES = 200  # images; the features of more take too much memory
 SEED = "PL_GLOBAL_SEED"  # where Lightning's seed_everything leaves its seed, for other processes too
 
 
+def lightning_seed() -> int:
+    """The seed of Lightning's seed_everything; 0 where there is none, or what is no number.
+
+    Example:
+        >>> lightning_seed()
+        0
+    """
+    return int(text) if (text := os.environ.get(SEED, "")).isdecimal() else 0
+
+
 class NormalImages:
     """Normal images in the order of a seeded draw, the same in every process.
 
@@ -47,8 +57,7 @@ class NormalImages:
     """
 
     def __init__(self, paths: Sequence[str], transform: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        seed = int(os.environ.get(SEED, "0"))
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(lightning_seed())).tolist()
         ordered = sorted(paths)
         self.paths = tuple(ordered[index] for index in order)
         self.transform = transform
@@ -188,9 +197,9 @@ class NormalImagesMixin(ClassesMixin):
                 )
                 raise InputError(msg)
             return  # a run without a data module goes on with what an earlier one has set
-        # Outside of a run what it has set stays.
-        before = None if self._normal_key is None else self._normal_key[0]
-        precision = before if self._trainer is None else self.trainer.precision
+        # Without a data module what a run with one has set stays, in any precision.
+        before = self._normal_key[0] if self._normal_key else None
+        precision = before if self._trainer is None or datamodule is None else self.trainer.precision
         key = (precision, self.model.class_names, self.k_shot, references.paths, others.paths)
         known = self._normal_key if datamodule is not None or self._normal_key is None else (*self._normal_key[:4], ())
         if key == known and self.model.references.fitted == self._wants_references:

@@ -105,6 +105,7 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         self._validated, self._labels = CatMetric(), CatMetric()
         self._given: list[torch.Tensor] = []  # labels of this run
         self._left_out = False  # whether images of this validation score no number
+        self._unsaid = False  # whether thresholds of normal images wait for validation images
 
     def set_from_normal(
         self, network: ZeroShotNetwork, scored: Iterable[Scores], references: int, more_follow: bool = False
@@ -127,6 +128,7 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
         summary, classes, is_reference = summary[known], classes[known], is_reference[known]
         self.normal = torch.cat([summary, is_reference[:, None]], dim=1).to(self.normal)
         self.normal_class = classes.to(self.normal) if len(network.class_names) > 1 else self.normal_class[:0]
+        self._unsaid = more_follow
         self._set_from_normal(network, more_follow)
 
     def _set_from_normal(self, network: ZeroShotNetwork, more_follow: bool = False) -> None:
@@ -164,13 +166,14 @@ class ClipAdPostProcessor(ShownValuesMixin, Float32Buffers, PostProcessor):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the score ranges fitted, and set the thresholds."""
+        unsaid, self._unsaid = self._unsaid, False
         if not self._labels.update_called:
             if self._left_out and trainer.world_size > 1:  # the others would wait for this one for ever
                 msg = (
                     "No validation image of one process has a score that is a number; replace them, or use one process."
                 )
                 raise InputError(msg)
-            if len(self.normal) and trainer.state.fn != TrainerFn.FITTING:  # nothing has followed
+            if unsaid:  # nothing has followed
                 self._set_from_normal(cast("ZeroShotNetwork", pl_module.model))
             return
         network = cast("ZeroShotNetwork", pl_module.model)

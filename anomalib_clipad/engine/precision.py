@@ -41,7 +41,7 @@ def warn_of_rounded_weights(trainer: Trainer, weights: torch.dtype) -> None:
     """
     if trainer.precision == "32-true" and weights != torch.float32:
         name = str(weights).removeprefix("torch.")
-        logger.warning("The weights were rounded to %s by an earlier run; build the model anew for float32.", name)
+        logger.warning("The weights were rounded to %s before this run; build the model anew for float32.", name)
 
 
 @cache

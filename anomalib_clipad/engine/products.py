@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePath
 
+from anomalib_clipad.data.auxiliary import AuxiliaryDataModule
 from anomalib_clipad.errors import InputError
 
 PATTERN = "*?["  # a key with one of these is a pattern of the path, any other the name of a folder
@@ -117,8 +118,8 @@ def class_of(datamodule: object) -> tuple[str, ...]:
         >>> class_of(widgets)
         ('widget',)
     """
-    if several := getattr(datamodule, "class_names", None):
-        return tuple(several)
+    if isinstance(datamodule, AuxiliaryDataModule) and datamodule.class_names:
+        return tuple(datamodule.class_names)
     names = (getattr(datamodule, key, None) for key in ("category", "name"))
     return tuple(name for name in names if isinstance(name, str) and name.strip())[:1]
 

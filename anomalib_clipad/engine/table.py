@@ -153,7 +153,13 @@ def warn_of_pictures_of_runs(paths: Iterable[str]) -> None:
 
 
 def _is_of_a_run(folder: Path) -> bool:
-    return folder.name in PICTURES and (folder.parent / NAME).is_file()
+    if folder.name not in PICTURES:
+        return False
+    try:
+        with (folder.parent / NAME).open(encoding="utf-8", errors="replace") as table:
+            return set(table.readline().strip().split(",")) >= {"score", "threshold", "p_value"}
+    except OSError:
+        return False
 
 
 def _row(verdict: Verdict, mask: np.ndarray | None, picture: str | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ CLIP-AD (arXiv 2311.00453), section 3.4; what is learned belongs to the network,
 """
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -29,7 +28,7 @@ from anomalib_clipad.engine.checkpoint_state import OF_CLASSES
 from anomalib_clipad.engine.host import RunGuard, datamodule_of
 from anomalib_clipad.engine.module import ZeroShotMixin
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.engine.normal_images import SEED, NormalImages
+from anomalib_clipad.engine.normal_images import NormalImages, lightning_seed
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.run_folder import share_folder
 from anomalib_clipad.errors import InputError
@@ -38,6 +37,7 @@ from anomalib_clipad.plugin import DEMO
 logger = logging.getLogger(__name__)
 
 PAPER_EPOCHS = 5
+BEST = "pixel_AP"  # of validation, by which the best epoch is chosen
 NOT_FOR_TRAINING = ("class_name", "k_shot", "few_shot_source", "false_alarm_rate", "defects")
 
 
@@ -78,10 +78,11 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         self.trained = trained_on is not None
         self.trained_on = list(trained_on or ())
         if not self.trained:
-            with torch.random.fork_rng(devices=[]):  # the command line seeds nothing
-                torch.manual_seed(int(os.environ.get(SEED, "0")))
-                for layer in self.model.trained_layers.children():
-                    cast("nn.Linear", layer).reset_parameters()
+            drawn = torch.get_rng_state()
+            torch.default_generator.manual_seed(lightning_seed())  # the command line seeds nothing
+            for layer in self.model.trained_layers.children():
+                cast("nn.Linear", layer).reset_parameters()
+            torch.set_rng_state(drawn)
 
     @property
     def learning_type(self) -> LearningType:
@@ -97,7 +98,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         callbacks = list(cast("Sequence[Callback]", super().configure_callbacks()))
         if self.trainer.state.fn == TrainerFn.FITTING and getattr(self.evaluator, "val_metrics", None):
             folder = Path(self.trainer.default_root_dir) / "weights" / "lightning"
-            best = ModelCheckpoint(folder, "model", monitor="pixel_AP", mode="max", save_weights_only=True)
+            best = ModelCheckpoint(folder, "model", monitor=BEST, mode="max", save_weights_only=True)
             # Resuming needs the latest state, and the optimiser's, at the end of every epoch. Lightning's save_last
             # writes only beside another checkpoint, which save_top_k=0 would never be.
             last = ModelCheckpoint(folder, "last", enable_version_counter=False)
@@ -159,8 +160,9 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         """From now on a zero-shot model, of no class yet."""
         self.trained = True
         self.model.forget_classes()
-        best = next((one for one in self.trainer.checkpoint_callbacks if getattr(one, "monitor", None)), None)
-        if isinstance(best, ModelCheckpoint) and best.best_model_score is not None and self.trainer.is_global_zero:
+        kept = [one for one in self.trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        best = next((one for one in kept if one.monitor == BEST), None)
+        if best is not None and best.best_model_score is not None and self.trainer.is_global_zero:
             logger.info(
                 "The best layers, with a pixel AP of %.1f %% on held-out images, are in %s; the model at hand has "
                 "those of the last epoch.",
@@ -194,9 +196,7 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
             return
         self.check_trained()
         if self.trainer.validating and isinstance(datamodule_of(self.trainer), AuxiliaryDataModule):
-            logger.warning(
-                "The layers are trained already, and fit does not go on with them; build a model without adapter."
-            )
+            logger.info("The layers are trained already; fit validates them and does not go on with them.")
         super().prepare_classes()
         if self._uncalibrated:
             # anomalib takes a checkpoint's thresholds for granted, but a training run has none for these data.
