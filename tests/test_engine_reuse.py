@@ -192,12 +192,3 @@ def test_what_labelled_data_have_set_stays_where_later_runs_set_nothing(
     for one in (model, ClipAdSdp.load_from_checkpoint(weights(engine, "model.ckpt"), **BARE)):
         new_engine(tmp_path / "c").validate(one, dataloaders=loader, verbose=False)
         assert one.post_processor.image_threshold == expected
-
-
-def test_auxiliary_data_are_of_their_own_categories_whatever_the_argument(
-    small_clip: str, auxiliary_root: Path, tmp_path: Path
-) -> None:
-    for names in ("cup", ["plate", "gear"]):
-        model = ClipAdSdp(names, small_clip, **BARE)
-        new_engine(tmp_path).test(model, datamodule=auxiliary(auxiliary_root), verbose=False)
-        assert model.model.class_names == ("gear", "plate")

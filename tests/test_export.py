@@ -14,11 +14,8 @@ import pytest
 import torch
 from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from PIL import Image
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from anomalib_clipad import ClipAdSdp, InputError
-from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, bicubic_matrix
 
 from .conftest import ROOT, build_model, files, folder, new_engine, run_command
 
@@ -156,28 +153,6 @@ def test_a_large_picture_is_resized_as_in_the_engine(exported: Exported, tmp_pat
     assert_same(ours, {key: getattr(expected, key).numpy() for key in FIELDS})
 
 
-@pytest.mark.parametrize(("length", "size"), [(240, 240), (100, 32), (31, 32), (7, 96), (3001, 240)])
-def test_resize_matrix_equals_torchvision(length: int, size: int) -> None:
-    lines = torch.rand(1, 1, 1, length)
-    expected = resize(lines.expand(-1, -1, 4, -1), [4, size], InterpolationMode.BICUBIC, antialias=True)[..., :1, :]
-    torch.testing.assert_close(lines @ bicubic_matrix(length, size).T, expected, atol=2e-6, rtol=0)
-
-
-def test_own_transforms_are_kept() -> None:
-    images = torch.rand(2, 3, 40, 40)
-    assert torch.equal(ClipAdPreProcessor(None)(images), images)
-    transform = ClipAdSdp.configure_pre_processor((16, 24)).transform
-    torch.testing.assert_close(ClipAdPreProcessor(transform)(images), transform(images), atol=1e-5, rtol=0)
-
-
-def test_images_of_few_bits_are_resized_in_float32() -> None:
-    images = torch.rand(2, 3, 40, 40).bfloat16()
-    ours = ClipAdPreProcessor(ClipAdSdp.configure_pre_processor((16, 24)).transform.transforms[0])(images)
-    assert ours.dtype == torch.bfloat16
-    expected = resize(images.float(), [16, 24], InterpolationMode.BICUBIC, antialias=True)
-    torch.testing.assert_close(ours.float(), expected, atol=2**-8, rtol=0)
-
-
 @pytest.mark.slow
 def test_files_are_of_the_vision_towers_size(exported: Exported) -> None:
     tower = sum(value.numel() * value.element_size() for value in exported.model.model.visual.state_dict().values())
@@ -302,16 +277,3 @@ def test_the_example_names_a_missing_file(tmp_path: Path) -> None:
     assert "error: gone.onnx is not a file; give" in done.stderr
     assert "Traceback" not in done.stderr
     assert files(tmp_path) == []
-
-
-@pytest.mark.slow
-def test_files_of_another_size_resize_position_embeddings_as_torch_does(tmp_path: Path) -> None:
-    # Of a CLIP large enough that no exporter computes them before; of the small ones the whole resize is folded away.
-    model = ClipAdSdp("nut", "demo", image_size=(72, 128)).eval()
-    images = torch.rand(2, 3, 72, 128, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(images)
-    file = model.to_onnx(tmp_path)
-    for found in (run_onnx(file, images.numpy()), run_openvino(file, images.numpy())):
-        for name in ("pred_score", "anomaly_map"):
-            np.testing.assert_allclose(found[name], getattr(expected, name).numpy(), atol=1e-6, rtol=0, err_msg=name)

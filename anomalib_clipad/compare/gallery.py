@@ -39,11 +39,12 @@ def page_images(
             own = image.p_value, image.explanation, one.chosen_class(path)
             found.setdefault(str(row["model"]), Finding(image.shown, f"{image.score:.6g}", heat, *own))
             truths[str(row["category"]), path] = image.label
+    seen = {category: common_region(own) for category, own in regions.items()}
     images = []
     for number, ((category, path), found) in enumerate(sorted(findings.items())):
         tell("thumbnails", number, len(findings))
         file = Path(path)
-        truth, thumbnail = truths[category, path], write_thumbnail(file, output, common_region(regions[category]))
+        truth, thumbnail = truths[category, path], write_thumbnail(file, output, seen[category])
         original = original_for_browsers(file, output)
         images.append(PageImage(path, category, truth, found, thumbnail=thumbnail, original=original))
     return with_folders(images)

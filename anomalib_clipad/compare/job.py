@@ -101,6 +101,7 @@ class CompareJob(Job):
             *(self.model_name, self.category, self.model_config, self.data_config),
             *(self.images, self.seed, self.map_size, self.metrics),
             *(() if self.shots is None else (self.shots,)),
+            # Not the name of results whose pictures were not filled outside of the region.
             *(() if self.region is None else ("region, filled", self.region)),
         ]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -217,5 +217,5 @@ class Kept:
         }
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as arrays:
             masks = dict(zip(arrays["paths"].tolist(), arrays["masks"], strict=True)) if "masks" in arrays else {}
-            region = arrays["region"] if "region" in arrays else None  # noqa: SIM401 - an archive has no get
+            region = arrays.get("region")
         return cls(images, masks, scales, digest, region)

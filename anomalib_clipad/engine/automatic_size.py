@@ -30,8 +30,8 @@ class AutomaticSizeMixin(ClassesMixin):
 
     automatic_size: bool
     _sizes: dict[tuple[str, ...], tuple[int, int]]  # those that were found, by the classes of a run
-    _seen: tuple[int, int] | None = None  # likewise, of the run before
     _after: tuple[int, int] | None = None  # height and width of the run's first picture, until it is said
+    _seen: tuple[int, int] | None = None  # likewise, of the run before, with a checkpoint
 
     def adopt_size(self, image_size: object) -> None:
         """Take over the argument.

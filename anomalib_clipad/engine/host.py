@@ -219,10 +219,8 @@ class RunGuard(Callback):
             return
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
-                version, path = 0, callback.format_checkpoint_name({})
-                while callback.file_exists(path, trainer):
-                    version += 1
-                    path = callback.format_checkpoint_name({}, ver=version)
+                found = callback._monitor_candidates(trainer)
+                path = callback._get_metric_interpolated_filepath_name(found, trainer)
                 trainer.save_checkpoint(path)
                 callback.best_model_path = path
 

@@ -78,11 +78,11 @@ class AuxiliaryTrainingMixin(ZeroShotMixin):
         self.trained = trained_on is not None
         self.trained_on = list(trained_on or ())
         if not self.trained:
-            drawn = torch.get_rng_state()
-            torch.default_generator.manual_seed(lightning_seed())  # the command line seeds nothing
-            for layer in self.model.trained_layers.children():
-                cast("nn.Linear", layer).reset_parameters()
-            torch.set_rng_state(drawn)
+            with torch.random.fork_rng(devices=[]):
+                # anomalib's command line seeds nothing; torch.manual_seed would seed GPUs, too, and for good.
+                torch.default_generator.manual_seed(lightning_seed())
+                for layer in self.model.trained_layers.children():
+                    cast("nn.Linear", layer).reset_parameters()
 
     @property
     def learning_type(self) -> LearningType:
