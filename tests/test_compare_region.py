@@ -12,10 +12,11 @@ from sklearn.metrics import roc_auc_score
 from anomalib_clipad import InputError
 from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator
 from anomalib_clipad.compare.job_files import Kept
+from anomalib_clipad.compare.outside import FillOutside, fill_outside
 from anomalib_clipad.compare.report import write_report
 from anomalib_clipad.components import Region
 
-from .conftest import LAYOUT
+from .conftest import LAYOUT, folder
 
 LEFT = [0.0, 0.0, 0.5, 1.0]
 
@@ -125,3 +126,14 @@ def test_what_is_outside_has_no_influence_on_a_model_that_knows_no_region(
         with Image.open(file) as thumbnail:
             pixels = np.asarray(thumbnail.convert("L"), dtype=float)
         assert pixels[:, pixels.shape[1] // 2 + 2 :].mean() > 160  # where the noise is 127 on average
+
+
+def test_pictures_of_every_part_of_the_data_are_filled(category: Path) -> None:
+    """Those that set a model's thresholds, too."""
+    data = folder(category, val_split_mode="from_test")
+    fill_outside(data, FillOutside(Region(LEFT)))
+    data.setup()
+    for pictures in (data.train_data, data.val_data, data.test_data):
+        for item in pictures:
+            assert (item.image[..., 24:] == item.image[..., 23:24]).all()
+            assert item.image[..., :24].unique().numel() > 10

@@ -59,6 +59,19 @@ def test_what_earlier_validation_images_have_set_does_not_stay(
     assert_equal(outcome(used, other, tmp_path, **arguments), outcome(fresh, other, tmp_path, **arguments))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_scores_of_normal_images_do_not_outlive_their_run(
+    several: bool, small_clip: str, parts: Path, other: Path, tmp_path: Path
+) -> None:
+    """Else images of labelled data would have p-values among those of earlier data."""
+    names = ["cup", "nut"] if several else "cup"
+    used, fresh = (ClipAdSdp(names, small_clip, **BARE) for _ in range(2))
+    outcome(used, parts, tmp_path, val_split_mode="from_train", val_split_ratio=0.5)
+    assert len(used.post_processor.good_scores) == 6
+    assert_equal(outcome(used, other, tmp_path), outcome(fresh, other, tmp_path))
+    assert len(used.post_processor.good_scores) == 0
+
+
 @pytest.mark.parametrize("arguments", [{"k_shot": 2}, {"false_alarm_rate": 0.2}])
 def test_a_state_dict_takes_the_place_of_all_that_was_measured(
     arguments: dict, small_clip: str, parts: Path, other: Path, tmp_path: Path
