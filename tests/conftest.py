@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -189,10 +189,10 @@ def part(root: Path, name: str, **arguments: object) -> Folder:
     return folder(root / name, name, **{"normal_dir": "test/good", "val_split_mode": "from_test", **arguments})
 
 
-def auxiliary(root: Path, **arguments: object) -> AuxiliaryDataModule:
-    """The two categories of ``auxiliary_root``, in small batches."""
+def auxiliary(root: Path, names: Sequence[str] = ("gear", "plate"), **arguments: object) -> AuxiliaryDataModule:
+    """The two categories of ``auxiliary_root``, or one, in small batches."""
     defaults = {"num_workers": 0, "val_split_ratio": 0.25, "train_batch_size": 4, "eval_batch_size": 4}
-    return AuxiliaryDataModule([part(root, name) for name in ("gear", "plate")], **{**defaults, **arguments})
+    return AuxiliaryDataModule([part(root, name) for name in names], **{**defaults, **arguments})
 
 
 def fitted(

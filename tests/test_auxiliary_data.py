@@ -97,3 +97,13 @@ def test_auxiliary_data_are_of_their_own_categories_whatever_the_argument(
         model = ClipAdSdp(names, small_clip, **BARE)
         new_engine(tmp_path).test(model, datamodule=auxiliary(auxiliary_root), verbose=False)
         assert model.model.class_names == ("gear", "plate")
+
+
+@pytest.mark.parametrize("names", [["gear", "plate"], {"gear": "cog", "plate": "dish"}])
+def test_auxiliary_data_of_one_category_are_of_that(
+    names: list | dict, small_clip: str, auxiliary_root: Path, tmp_path: Path
+) -> None:
+    engine = new_engine(tmp_path)
+    engine.test(ClipAdSdp(names, small_clip, **BARE), datamodule=auxiliary(auxiliary_root, names=["plate"]))
+    table = pd.read_csv(Path(engine.trainer.default_root_dir) / "test/latest/predictions.csv")
+    assert set(table["class"]) == {"plate"}

@@ -1,6 +1,7 @@
 """A region in a comparison: per data set or per model, it cuts what every model is measured on."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from anomalib.data import ImageBatch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from torchvision.transforms.v2 import Resize
 
 from anomalib_clipad import InputError
 from anomalib_clipad.compare import CompareEvaluator, CompareJob, CompareJobGenerator
@@ -137,3 +139,14 @@ def test_pictures_of_every_part_of_the_data_are_filled(category: Path) -> None:
         for item in pictures:
             assert (item.image[..., 24:] == item.image[..., 23:24]).all()
             assert item.image[..., :24].unique().numel() > 10
+
+
+@pytest.mark.parametrize(("of_model", "size"), [(None, (20, 24)), (Resize((32, 32)), (32, 32))])
+def test_a_resize_of_the_data_gives_way_to_that_of_a_model_alone(
+    of_model: Resize | None, size: tuple[int, int], category: Path
+) -> None:
+    data = folder(category, augmentations=Resize((20, 24)))
+    data.trainer = SimpleNamespace(model=SimpleNamespace(pre_processor=SimpleNamespace(transform=of_model)))
+    fill_outside(data, FillOutside(Region(LEFT)), of_model)
+    data.setup()
+    assert data.test_data[0].image.shape[1:] == size

@@ -128,6 +128,15 @@ def test_an_engine_tests_without_validation_after_a_test_with_it(small_clip: str
         assert model.post_processor.image_threshold.isnan() == (mode == "none")
 
 
+def test_a_checkpoint_is_of_the_last_test_also_without_validation(small_clip: str, parts: Path, tmp_path: Path) -> None:
+    engine = new_engine(tmp_path)
+    for name in ("cup", "nut"):
+        model = ClipAdSdp(name, small_clip, **BARE)
+        engine.test(model, datamodule=folder(parts, val_split_mode="none"), verbose=False)
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["model.ckpt"]
+    assert ClipAdSdp.load_from_checkpoint(weights(engine, "model.ckpt"), **BARE).model.class_names == ("nut",)
+
+
 @pytest.mark.slow
 def test_a_training_that_reads_with_processes_goes_on_and_learns_the_same(
     small_clip: str, auxiliary_root: Path, tmp_path: Path

@@ -141,6 +141,12 @@ def test_what_a_checkpoint_leaves_unused_is_said(
         new_engine(tmp_path / "b").predict(model, data_path=parts / "test", ckpt_path=path)
         assert ("references and thresholds are used" in caplog.text) is (unused is not None)
         assert (unused or "") in caplog.text
+    for mode, said in (("same_as_test", False), ("none", True)):  # validation sets thresholds by the rate that is given
+        caplog.clear()
+        model = ClipAdSdp(backbone=small_clip, **{**made_with, "false_alarm_rate": 0.5}, **BARE)
+        data = folder(parts, val_split_mode=mode)
+        new_engine(tmp_path / "c").validate(model, datamodule=data, ckpt_path=path, verbose=False)
+        assert ("used, false_alarm_rate 0.5 is not" in caplog.text) is said
 
 
 @pytest.mark.parametrize("name", MODELS)

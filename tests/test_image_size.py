@@ -125,6 +125,28 @@ def test_the_size_that_is_said_is_the_one_that_is_used(
         assert "after the shape" not in caplog.text
 
 
+def test_a_squeezed_picture_is_said_once_for_each_checkpoint(
+    small_clip: str, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = {}
+    for shape in ("wide", "tall"):
+        engine, model = new_engine(tmp_path / shape), ClipAdSdp(backbone=small_clip, image_size="auto", **BARE)
+        engine.test(model, datamodule=folder(shapes / shape, shape), verbose=False)
+        paths[shape] = weights(engine, "model.ckpt")
+    model = ClipAdSdp(backbone=small_clip, image_size="auto", **BARE)
+    runs = [("wide", "wide", 0), ("tall", "wide", 1), ("tall", "wide", 0), ("wide", "wide", 0), ("wide", "tall", 1)]
+    for of_checkpoint, of_pictures, said in runs:
+        caplog.clear()
+        pictures = shapes / of_pictures / "test/good"
+        new_engine(tmp_path / "run").predict(model, data_path=pictures, ckpt_path=paths[of_checkpoint])
+        assert caplog.text.count("are squeezed") == said
+    model = ClipAdSdp(backbone=small_clip, image_size="auto", **BARE)
+    for said in (1, 0):
+        caplog.clear()
+        new_engine(tmp_path / "run").predict(model, data_path=shapes / "tall/test/good", ckpt_path=paths["wide"])
+        assert caplog.text.count("are squeezed") == said
+
+
 def test_a_checkpoint_of_an_impossible_size_is_refused(small_clip: str, shapes: Path, tmp_path: Path) -> None:
     engine, model = new_engine(tmp_path), ClipAdSdp(backbone=small_clip, image_size="auto", **BARE)
     engine.test(model, datamodule=folder(shapes / "wide", "wide"), verbose=False)

@@ -201,7 +201,7 @@ class CompareJob(Job):
         region = None if self.region is None else Region(self.region)
         fill = None if region is None or isinstance(model, RegionMixin) else FillOutside(region)
         if data is not None and fill is not None:
-            fill_outside(data, fill)
+            fill_outside(data, fill, getattr(model.pre_processor, "transform", None))
         evaluator = CompareEvaluator(self.map_size, self.metrics, self.file.parent, region)
         row: dict[str, Any] = {}
         with closing(evaluator.stream), self._engine(evaluator, task_id) as engine:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from torchvision.transforms.v2 import Compose, Resize, Transform
 from torchvision.tv_tensors import Mask
 
@@ -40,15 +41,17 @@ class FillOutside(Transform):
         return inpt.flatten(-2).index_select(-1, self._source[size]).unflatten(-1, size)
 
 
-def fill_outside(data: AnomalibDataModule, fill: FillOutside) -> None:
+def fill_outside(data: AnomalibDataModule, fill: FillOutside, transform: Transform | None = None) -> None:
     """Have a data module fill its pictures before anything else is done with them.
 
     Args:
         data: It takes effect when it is set up next.
         fill: What fills them.
+        transform: The model's own.
     """
+    resized = transform is not None and bool(extract_transforms_by_type(transform, Resize))
     for subset in SUBSETS:
         name = f"{subset}_augmentations"
         own = getattr(data, name, None)
         # anomalib puts the model's own resize in the place of one that stands alone.
-        setattr(data, name, fill if own is None or type(own) is Resize else Compose([fill, own]))
+        setattr(data, name, fill if own is None or (resized and type(own) is Resize) else Compose([fill, own]))

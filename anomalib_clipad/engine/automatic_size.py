@@ -31,7 +31,7 @@ class AutomaticSizeMixin(ClassesMixin):
     automatic_size: bool
     _sizes: dict[tuple[str, ...], tuple[int, int]]  # those that were found, by the classes of a run
     _after: tuple[int, int] | None = None  # height and width of the run's first picture, until it is said
-    _seen: tuple[int, int] | None = None  # likewise, of the run before, with a checkpoint
+    _said: tuple[int, ...] | None = None  # size of the last run, and of its first picture
 
     def adopt_size(self, image_size: object) -> None:
         """Take over the argument.
@@ -52,8 +52,7 @@ class AutomaticSizeMixin(ClassesMixin):
             return
         if self.restored:
             with suppress(InputError):  # only for a warning
-                shape = shape_of_first_picture(datasets_of(self.trainer))
-                self._after, self._seen = None if shape == self._seen else shape, shape
+                self._after = shape_of_first_picture(datasets_of(self.trainer))
             return
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         names = TRAINING if fitting else self.classes_at_hand(datamodule_of(self.trainer))
@@ -113,7 +112,10 @@ class AutomaticSizeMixin(ClassesMixin):
         if after is None:
             return
         size = self.model.image_size
+        before, self._said = self._said, (*size, *after)
         if self.model.keep_shape(*after) != size:
+            if before == self._said:
+                return
             logger.warning(
                 "The checkpoint's image_size %d x %d is used, into which pictures of %d x %d pixels are squeezed; "
                 "leave the checkpoint out to keep their shape.",

@@ -9,6 +9,7 @@ from anomalib.data import AnomalibDataModule
 from anomalib.models.components import AnomalibModule
 from torch import nn
 
+from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.engine.class_pools import check_post_processor
 from anomalib_clipad.engine.network import ZeroShotNetwork
 from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
@@ -56,7 +57,9 @@ class ClassesMixin(_Module):
 
     def _names(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
         of_data = class_of(datamodule)
-        return of_data if len(of_data) > 1 else self.products.names or of_data  # several have an index of each image
+        # Several have an index of each image, and so have joined data of one.
+        indexed = len(of_data) > 1 or (self.products.several and isinstance(datamodule, AuxiliaryDataModule))
+        return of_data if indexed else self.products.names or of_data
 
     def classes_at_hand(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
         """The argument's classes, else the data's, else those that were used last."""

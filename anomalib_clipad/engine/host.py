@@ -220,7 +220,7 @@ class RunGuard(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor is None:
                 found = callback._monitor_candidates(trainer)
-                path = callback._get_metric_interpolated_filepath_name(found, trainer)
+                path = callback._get_metric_interpolated_filepath_name(found, trainer, callback.best_model_path)
                 trainer.save_checkpoint(path)
                 callback.best_model_path = path
 
