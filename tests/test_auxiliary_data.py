@@ -13,6 +13,7 @@ from .conftest import (
     auxiliary,
     new_engine,
     part,
+    weights,
     write_category,
 )
 
@@ -107,3 +108,19 @@ def test_auxiliary_data_of_one_category_are_of_that(
     engine.test(ClipAdSdp(names, small_clip, **BARE), datamodule=auxiliary(auxiliary_root, names=["plate"]))
     table = pd.read_csv(Path(engine.trainer.default_root_dir) / "test/latest/predictions.csv")
     assert set(table["class"]) == {"plate"}
+
+
+@pytest.mark.parametrize("names", [["gear", "plate"], ["gear"]])
+@pytest.mark.parametrize("classes", [["plate", "gear"], ["plate", "cup", "gear"], "cup"])
+def test_a_checkpoint_counts_its_classes_as_it_likes(
+    names: list, classes: list | str, small_clip: str, auxiliary_root: Path, tmp_path: Path
+) -> None:
+    engine = new_engine(tmp_path / "a")
+    engine.test(ClipAdSdp(classes, small_clip, **BARE), datamodule=part(auxiliary_root, "plate"), verbose=False)
+    path = weights(engine, "model.ckpt")
+    engine = new_engine(tmp_path / "b")
+    model = ClipAdSdp(backbone=small_clip, **BARE)
+    engine.test(model, datamodule=auxiliary(auxiliary_root, names=names), ckpt_path=path, verbose=False)
+    table = pd.read_csv(Path(engine.trainer.default_root_dir) / "test/latest/predictions.csv")
+    for path, found in zip(table["path"], table["class"], strict=True):
+        assert found == ("cup" if classes == "cup" else Path(path).parts[-4])

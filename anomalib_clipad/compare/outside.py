@@ -47,9 +47,9 @@ def fill_outside(data: AnomalibDataModule, fill: FillOutside, transform: Transfo
     Args:
         data: It takes effect when it is set up next.
         fill: What fills them.
-        transform: The model's own.
+        transform: That of the model.
     """
-    resized = transform is not None and bool(extract_transforms_by_type(transform, Resize))
+    resized = bool(extract_transforms_by_type(transform, Resize))
     for subset in SUBSETS:
         name = f"{subset}_augmentations"
         own = getattr(data, name, None)

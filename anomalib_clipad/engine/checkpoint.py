@@ -16,7 +16,7 @@ from anomalib_clipad.engine.checkpoint_file import UNREADABLE, check_is_checkpoi
 from anomalib_clipad.engine.checkpoint_parts import VERSION, check_parts, damaged, difference
 from anomalib_clipad.engine.checkpoint_state import EXTRA_STATE, as_written_today, check_state
 from anomalib_clipad.engine.classes import ClassesMixin
-from anomalib_clipad.engine.host import datamodule_of
+from anomalib_clipad.engine.host import has_validation
 from anomalib_clipad.engine.products import Products
 from anomalib_clipad.errors import InputError
 
@@ -154,9 +154,7 @@ class CheckpointMixin(ClassesMixin):
     def _warn_of_unused(self, of_checkpoint: object) -> None:
         kept = of_checkpoint if isinstance(of_checkpoint, Mapping) else {}
         asked = {name: value for name in OUTCOMES if (value := self.hparams.get(name))}
-        datamodule = None if self._trainer is None else datamodule_of(self.trainer)
-        validated = datamodule is None or hasattr(datamodule, "val_data")
-        if self._trainer is not None and self.trainer.validating and validated:
+        if self._trainer is not None and self.trainer.validating and has_validation(self.trainer):
             asked.pop("false_alarm_rate", None)  # by which the thresholds are set anew
         if unused := [f"{name} {value}" for name, value in asked.items() if str(value) != str(kept.get(name))]:
             logger.warning(

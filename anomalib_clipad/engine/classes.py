@@ -9,10 +9,9 @@ from anomalib.data import AnomalibDataModule
 from anomalib.models.components import AnomalibModule
 from torch import nn
 
-from anomalib_clipad.data import AuxiliaryDataModule
 from anomalib_clipad.engine.class_pools import check_post_processor
 from anomalib_clipad.engine.network import ZeroShotNetwork
-from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of
+from anomalib_clipad.engine.products import FALLBACK_CLASS, Products, class_of, joined_classes
 
 if TYPE_CHECKING:
     _Module = AnomalibModule
@@ -56,10 +55,10 @@ class ClassesMixin(_Module):
         return Products(self.class_name)
 
     def _names(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
-        of_data = class_of(datamodule)
-        # Several have an index of each image, and so have joined data of one.
-        indexed = len(of_data) > 1 or (self.products.several and isinstance(datamodule, AuxiliaryDataModule))
-        return of_data if indexed else self.products.names or of_data
+        joined = joined_classes(datamodule)
+        if len(joined) > 1 or (joined and self.products.several):
+            return joined  # each image says which one it is of
+        return self.products.names or class_of(datamodule)
 
     def classes_at_hand(self, datamodule: AnomalibDataModule | None) -> tuple[str, ...]:
         """The argument's classes, else the data's, else those that were used last."""

@@ -40,6 +40,12 @@ def datamodule_of(trainer: Trainer) -> AnomalibDataModule | None:
     return source if isinstance(source, AnomalibDataModule) else None
 
 
+def has_validation(trainer: Trainer) -> bool:
+    """Whether the present run may have validation images: a data module without any lacks the data set."""
+    datamodule = datamodule_of(trainer)
+    return datamodule is None or hasattr(datamodule, "val_data")
+
+
 def datasets_of(trainer: Trainer) -> list[Any]:
     """The data sets of the present run, normal training images first."""
     source = _source_of(trainer)
@@ -208,14 +214,12 @@ class RunGuard(Callback):
         self._stack.enter_context(images_converted_on_the_gpu(trainer))
         self._stack.enter_context(checked_checkpoints(trainer))
         self._stack.enter_context(own_figures(trainer))
-        datamodule = datamodule_of(trainer)
-        if stage == "validate" and datamodule is not None and not hasattr(datamodule, "val_data"):
+        if stage == "validate" and not has_validation(trainer):
             self._stack.enter_context(no_validation(trainer))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint that anomalib writes after validation, where there was none."""
-        datamodule = datamodule_of(trainer)
-        if datamodule is None or hasattr(datamodule, "val_data") or getattr(pl_module, "restored", False):
+        if has_validation(trainer) or getattr(pl_module, "restored", False):
             return
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor is None:

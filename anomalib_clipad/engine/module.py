@@ -34,6 +34,7 @@ from anomalib_clipad.engine.page import PageWriter
 from anomalib_clipad.engine.post_processing import ClipAdPostProcessor
 from anomalib_clipad.engine.pre_processing import ClipAdPreProcessor, clip_transform
 from anomalib_clipad.engine.product_batch import with_class
+from anomalib_clipad.engine.products import joined_classes
 from anomalib_clipad.engine.region import RegionMixin
 from anomalib_clipad.engine.run_folder import RunFolder, check_root, images_of, link_latest
 from anomalib_clipad.engine.scored_batches import warn_of_not_finite
@@ -218,8 +219,7 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         """Score a batch, and keep the model's own scores on it."""
         del batch_idx, dataloader_idx
         ours = ZeroShotBatch.of(cast("ImageBatch", batch))
-        if ours.class_index is None and (index := self.products.index(ours.image_path, self.model.class_names)):
-            ours.class_index = torch.tensor(index, device=self.device)
+        ours.class_index = self._class_index(ours)
         scores = self.kept_scores(ours)
         if scores is None:
             scores = self._scores(ours)
@@ -230,6 +230,17 @@ class ZeroShotMixin(  # type: ignore[misc]  # anomalib renames to_onnx's argumen
         ours.region = self.model.region.of(scores.anomaly_map)
         cut_ground_truth(ours)
         return ours
+
+    def _class_index(self, batch: ZeroShotBatch) -> torch.Tensor | None:
+        """(B,) index of each image's class among the network's; nothing where that is to choose, or has one."""
+        ours = self.model.class_names
+        joined = joined_classes(None if self._trainer is None else datamodule_of(self.trainer))
+        if batch.class_index is not None and (not joined or joined == ours):
+            return batch.class_index
+        if batch.class_index is not None and set(joined) <= set(ours):  # a checkpoint has others beside them
+            return torch.tensor([ours.index(name) for name in joined], device=self.device)[batch.class_index]
+        index = self.products.index(batch.image_path, ours)
+        return None if index is None else torch.tensor(index, device=self.device)
 
     def _scores(self, batch: ZeroShotBatch) -> Scores:
         if batch.features is not None:

@@ -109,6 +109,16 @@ class Products:
         return [class_names.index(str(self.name_of(path))) for path in paths]
 
 
+def joined_classes(datamodule: object) -> tuple[str, ...]:
+    """The classes that images of a data module count by, if it joins several data sets, as for training.
+
+    Example:
+        >>> joined_classes(widgets)
+        ()
+    """
+    return tuple(datamodule.class_names) if isinstance(datamodule, AuxiliaryDataModule) else ()
+
+
 def class_of(datamodule: object) -> tuple[str, ...]:
     """The class of a data module: its category, else its name; nothing where it has neither.
 
@@ -118,8 +128,8 @@ def class_of(datamodule: object) -> tuple[str, ...]:
         >>> class_of(widgets)
         ('widget',)
     """
-    if isinstance(datamodule, AuxiliaryDataModule) and datamodule.class_names:
-        return tuple(datamodule.class_names)
+    if joined := joined_classes(datamodule):
+        return joined
     names = (getattr(datamodule, key, None) for key in ("category", "name"))
     return tuple(name for name in names if isinstance(name, str) and name.strip())[:1]
 
