@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anomalib.data.utils import read_image
 
 from anomalib_clipad import ClipAdSdp
 from anomalib_clipad.engine.normal_images import NormalImages
@@ -93,6 +94,45 @@ def test_a_class_with_few_references_says_so_and_takes_those_of_all(
     assert torch.equal(first, second)
     with pytest.raises(InputError, match="No class has the 20 normal images that are wanted as references; give more"):
         new_engine(tmp_path).validate(ClipAdSdp(NAMES, small_clip, k_shot=20, **BARE), datamodule=folder(mixed))
+
+
+def test_its_own_few_set_its_thresholds_as_further_images_are_scored(
+    small_clip: str, mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of its normal images is compared with those of all classes but itself, as one class alone compares them."""
+    same_words = {"b": "tile", "n": "Tile"}  # which CLIP reads as one
+    source = shutil.copytree(mixed / "train/good", tmp_path / "good")
+    for number in range(3, 8):
+        (source / f"n/00{number}.png").unlink()
+    arguments = {"few_shot_source": source, "k_shot": 4, "false_alarm_rate": 0.25}
+    model = ClipAdSdp(same_words, small_clip, **arguments, **BARE)
+    predict(model, tmp_path, mixed / "test/good")
+    assert "'Tile' has 3 of the 4 normal images" in caplog.text
+    assert "thresholds of its own" not in caplog.text
+    assert model.post_processor.of_class.normal_images == [8, 3]
+    paths = NormalImages.of_folder(source, lambda image: image).paths
+    plates, tiles = ([path for path in paths if Path(path).parent.name == part] for part in same_words)
+    read = [read_image(path, as_tensor=True) for path in [*plates[:4], *tiles]]
+    pictures = torch.stack([model.pre_processor.transform(image) for image in read])
+    alone = ClipAdSdpModel(small_clip, class_names=["tile"])
+    scored = alone.set_references([pictures])
+    expected = alone.fuse(scored.text_score, scored.map_score)[4:].sort().values
+    own = model.post_processor.of_class.good_scores[-3:]
+    torch.testing.assert_close(own, expected, atol=ROUNDING, rtol=0)
+
+
+def test_a_class_without_normal_images_has_no_p_values(small_clip: str, mixed: Path, tmp_path: Path) -> None:
+    """With thresholds of its own, from labelled images: neither the other class's nor 1, which is perfectly normal."""
+    source = shutil.copytree(mixed / "train/good", tmp_path / "good")
+    shutil.rmtree(source / "n")
+    model = ClipAdSdp(FOLDERS, small_clip, few_shot_source=source, **BARE)
+    new_engine(tmp_path).validate(model, datamodule=folder(mixed), verbose=False)
+    data = folder(mixed)
+    data.setup()
+    batches = new_engine(tmp_path / "again").predict(model, dataloaders=data.test_dataloader())
+    assert model.post_processor.of_class.normal_images == [8, 0]
+    for batch in batches:
+        assert batch.p_value.isnan().tolist() == [name == "tile" for name in batch.class_name]
 
 
 def test_a_broken_file_costs_no_reference_where_there_are_others(

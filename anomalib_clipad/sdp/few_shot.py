@@ -135,20 +135,24 @@ class FewShotNetwork(ClassTextFeatures):
             few: Classes that have too few of their own; images of these are compared with those of all classes.
 
         Returns:
-            What the images of the other classes score, see :meth:`set_references`.
+            What the images of each class score, see :meth:`set_references`.
 
         Raises:
             InputError: If there is no image, or one is of another size, or not finite.
         """
         gathered = [self._gather(own, augment, number) for number, own in enumerate(images)]
         pairs = [(self._new_bank(), self._new_bank()) for _ in gathered]
+        counts = [len(whole.seen) for whole, _ in gathered]
         scored = []
         for number, (banks, own) in enumerate(zip(pairs, gathered, strict=True)):
             if number in few:
                 whole, tiles = (_Gathered.cat(parts) for parts in zip(*gathered, strict=True))
-                self._fit(banks, whole, tiles, augment, number)
+                first, count = sum(counts[:number]), counts[number]
+                found = self._fit(banks, whole, tiles, augment, number).rows()[first : first + count]
             else:
-                scored.append(self.joined_scores(self._fit(banks, *own, augment, number)))
+                found = self._fit(banks, *own, augment, number).rows()
+            if found:
+                scored.append(self.joined_scores(ViewScores.cat(found)))
         self.references.join([bank for bank, _ in pairs])
         self.tile_references.join([bank for _, bank in pairs])
         return scored
