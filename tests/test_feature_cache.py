@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from anomalib_clipad import InputError
+from anomalib_clipad import ClipAdSdp, ClipAdSdpPlus, InputError
 from anomalib_clipad.components.dual_path import DualPathFeatures
 from anomalib_clipad.data import AuxiliaryDataModule, DemoTextures
 from anomalib_clipad.data.batch import ZeroShotBatch, ZeroShotItem
 
-from .conftest import folder, limited_files, write_category
+from .conftest import auxiliary, folder, limited_files, new_engine, state, write_category
 
 
 def features(batch_size: int) -> DualPathFeatures:
@@ -239,3 +239,38 @@ def test_taps_in_memory_are_computed_once(category: Path) -> None:
     assert len(computed) == 11
     data.cache(compute, "another clip")
     assert len(computed) == 22
+
+
+def sizes_trained(small_clip: str, data: AuxiliaryDataModule, where: Path, *sizes: int) -> dict[str, torch.Tensor]:
+    """What models of these sizes learn one after the other on a data module; the last one's layers."""
+    for size in sizes:
+        torch.manual_seed(0)
+        model = ClipAdSdpPlus(backbone=small_clip, image_size=size, lr=1e-2, visualizer=False, page=False)
+        new_engine(where, max_epochs=1).fit(model, datamodule=data)
+    return state(model)
+
+
+@pytest.mark.parametrize("kept", [True, "cache"])
+def test_features_of_another_size_are_made_of_the_pictures_themselves(
+    small_clip: str, auxiliary_root: Path, tmp_path: Path, kept: bool | str
+) -> None:
+    """Not of those that were made smaller for the model before."""
+    cache = kept if kept is True else str(tmp_path / kept)
+    expected = sizes_trained(small_clip, auxiliary(auxiliary_root, cache_features=True), tmp_path / "a", 64)
+    data = auxiliary(auxiliary_root, cache_features=cache)
+    found = sizes_trained(small_clip, data, tmp_path / "b", 32, 64)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("arguments", [{"layers": [1, 2]}, {"image_size": 64}, {"region": [[0.0, 0.0, 0.5, 0.5]]}])
+def test_another_model_is_tested_on_images_and_not_on_what_was_kept_for_training(
+    small_clip: str, auxiliary_root: Path, tmp_path: Path, arguments: dict
+) -> None:
+    data = auxiliary(auxiliary_root, cache_features=True)
+    sizes_trained(small_clip, data, tmp_path / "fit", 32)
+    figures = []
+    for one in (data, auxiliary(auxiliary_root)):
+        model = ClipAdSdp(backbone=small_clip, visualizer=False, page=False, **arguments)
+        figures.append(new_engine(tmp_path / "test").test(model, datamodule=one, verbose=False)[0])
+    assert figures[0] == pytest.approx(figures[1], abs=1e-6)

@@ -14,6 +14,7 @@ import torch
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
 from anomalib.data.datasets import AnomalibDataset
 from anomalib.data.utils import LabelName
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Mask
@@ -171,8 +172,7 @@ class AuxiliaryDataModule(AnomalibDataModule):
         """Find the images and split them; a second call changes nothing."""
         if not hasattr(self, "train_data"):
             self._setup(stage)
-        if isinstance(self.train_data, AuxiliaryDataset):
-            self._update_augmentations()
+        self._update_augmentations()
 
     def _setup(self, _stage: str | None = None) -> None:
         parts: list[AnomalibDataset] = []
@@ -239,11 +239,16 @@ class AuxiliaryDataModule(AnomalibDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """The held-out part."""
-        return self._loader(self.val_data, self.eval_batch_size)
+        return self._loader(self._to_score(self.val_data), self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader:
         """The held-out part."""
-        return self._loader(self.test_data, self.eval_batch_size)
+        return self._loader(self._to_score(self.test_data), self.eval_batch_size)
+
+    def _to_score(self, data: AuxiliaryDataset | CachedFeatures) -> AuxiliaryDataset | CachedFeatures:
+        """Taps that are kept are those of the model in training; a run of any other wants the images."""
+        other = self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING
+        return data.data if isinstance(data, CachedFeatures) and other else data
 
     def _loader(
         self, data: AuxiliaryDataset | CachedFeatures, batch_size: int, sampler: Iterable[int] | None = None

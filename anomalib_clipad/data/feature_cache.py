@@ -10,6 +10,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import Transform
 from torchvision.tv_tensors import Image, Mask
 
 from anomalib_clipad.components.dual_path import DualPathFeatures
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from anomalib_clipad.data.auxiliary import AuxiliaryDataset
 
 Entry = dict[str, torch.Tensor]
+FORMAT = 2  # files of the first may be of pictures that were resized for another model
 NAMES = {"mask", "label", *(f"{name}.0" for name in DualPathFeatures._fields)}
 
 
@@ -101,8 +103,17 @@ class CachedFeatures(Dataset):
             return False
 
     def _file(self, folder: Path, index: int) -> Path:
-        name = f"{self.key} {self.data.identity(index)}"
+        name = f"{FORMAT} {self.key} {self.data.identity(index)}"
         return folder / f"{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:32]}.safetensors"
+
+    @property
+    def augmentations(self) -> Transform | None:
+        """Transform of the images, if they are to be read once more."""
+        return self.data.augmentations
+
+    @augmentations.setter
+    def augmentations(self, transform: Transform | None) -> None:
+        self.data.augmentations = transform
 
     def __len__(self) -> int:
         return len(self.indices)
